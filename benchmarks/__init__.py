@@ -1,0 +1,1 @@
+"""Benchmarks of kvcompress: ``python -m benchmarks --help``."""

@@ -1,0 +1,68 @@
+"""``python -m benchmarks``: one sub-command a benchmark."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from benchmarks import quick as quick_job
+from benchmarks.caches import SPECS
+from benchmarks.quick import Settings
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
+
+
+@app.callback()
+def root() -> None:
+    """Benchmarks of kvcompress."""
+
+
+@app.command()
+def quick(
+    specs: Annotated[str, typer.Option(help="specs of ours to measure, with spaces between")] = " ".join(SPECS),
+    baselines: Annotated[bool, typer.Option(help="measure transformers' QuantizedCache too")] = True,
+    model: Annotated[str | None, typer.Option(help="model folder or hub id  [default: the embedded model]")] = None,
+    text: Annotated[
+        Path | None, typer.Option(help="text file  [default: library modules that training never saw]")
+    ] = None,
+    context: Annotated[int, typer.Option(help="tokens of a passage and of a recall document")] = Settings.context,
+    passages: Annotated[int, typer.Option(help="passages for perplexity and KL")] = Settings.passages,
+    documents: Annotated[int, typer.Option(help="documents for recall; 0: none")] = Settings.documents,
+    facts: Annotated[int, typer.Option(help="facts in a document, each asked for once")] = Settings.facts,
+    chunk: Annotated[int, typer.Option(help="tokens fed at a time")] = Settings.chunk,
+    step_context: Annotated[
+        int, typer.Option(help="context of the timed decode steps; 0: none")
+    ] = Settings.step_context,
+    steps: Annotated[int, typer.Option(help="timed decode steps for each cache")] = Settings.steps,
+    seed: Annotated[int, typer.Option(help="what is drawn: the order of modules, facts and questions")] = Settings.seed,
+    output: Annotated[Path, typer.Option(help="folder for results.jsonl, table.md and bits-kl.png")] = Path(
+        "benchmarks/results/quick"
+    ),
+) -> None:
+    """Size, perplexity, KL, recall and speed of every cache on held-out text, in about three minutes."""
+    try:
+        settings = Settings(
+            model,
+            text,
+            tuple(specs.split()),
+            baselines,
+            context,
+            passages,
+            documents,
+            facts,
+            chunk,
+            step_context,
+            steps,
+            seed,
+        )
+        quick_job.run(settings, output, Console())
+    except (ValueError, OSError) as error:
+        Console(stderr=True).print(f"Error: {error}", style="red", markup=False, soft_wrap=True)
+        raise typer.Exit(2) from error
+
+
+if __name__ == "__main__":
+    app()

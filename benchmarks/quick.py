@@ -1,0 +1,228 @@
+"""The main job: every cache on one model and one text, its size, quality, recall and speed side by side."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from benchmarks import needles, quality, results, subjects, texts, timing
+from benchmarks.caches import SPECS, UNCOMPRESSED, Contender, contenders
+from benchmarks.needles import Document
+from benchmarks.quality import Advance, Predictions
+from benchmarks.results import Result
+from benchmarks.storage import footprint
+from benchmarks.texts import Text
+
+#: Exact tokens that QuantizedCache and our default keep at the end: facts lie further back than these and a chunk.
+WINDOW = 128
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What to measure: lengths in tokens, `text` and `model` None for the default, `step_context` 0 for no timing."""
+
+    model: str | None = None
+    text: Path | None = None
+    specs: tuple[str, ...] = SPECS
+    baselines: bool = True
+    context: int = 4096
+    passages: int = 2
+    documents: int = 3
+    facts: int = 32
+    chunk: int = 512
+    step_context: int = 8192
+    steps: int = 9
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        at_least = {
+            "context": texts.SHORTEST,
+            "passages": 1,
+            "documents": 0,
+            "facts": 1,
+            "chunk": 1,
+            "steps": 1,
+            "seed": 0,
+        }
+        for name, least in at_least.items():
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
+        if self.step_context and self.step_context <= timing.START:
+            raise ValueError(f"step_context must be 0 or more than {timing.START} tokens, got {self.step_context}")
+
+
+@dataclass(frozen=True)
+class Material:
+    """The tokens of a run: passages [1, N], the positions scored in each, documents, the uncompressed predictions."""
+
+    passages: list[Tensor]
+    positions: Tensor
+    documents: list[Document]
+    reference: list[Predictions]
+
+    @property
+    def targets(self) -> list[Tensor]:
+        return [ids[0, self.positions + 1] for ids in self.passages]
+
+    @property
+    def tokens(self) -> int:
+        """What one cache is fed."""
+        return sum(ids.shape[1] for ids in [*self.passages, *(document.ids for document in self.documents)])
+
+
+def gather(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, text: Text, settings: Settings) -> Material:
+    """Passages and documents as long as the settings ask, or as the text allows; the reference is still to come."""
+    context = min(settings.context, len(text.ids) + len(text.prefix))
+    passages = text.windows(min(settings.passages, max(1, len(text.ids) // context)), context)
+    positions = quality.scored_positions(context, model.config.get_text_config().vocab_size)
+    gap = settings.chunk + WINDOW
+    documents = needles.documents(tokenizer, text, settings.documents, context, settings.facts, gap, settings.seed)
+    return Material(passages, positions, documents, [])
+
+
+def measured(model: PreTrainedModel, contender: Contender, material: Material, chunk: int, advance: Advance) -> Result:
+    """Size, quality, recall and prefill speed of one cache; raises whatever the cache raises."""
+    found = material.reference
+    if contender is not UNCOMPRESSED:
+        found = [
+            quality.predict(model, contender, ids, material.positions, chunk, advance) for ids in material.passages
+        ]
+    size = footprint(found[-1].cache, material.reference[-1].cache)
+    score = quality.compare(
+        [each.log_probs for each in material.reference], [each.log_probs for each in found], material.targets
+    )
+    answers = [
+        right
+        for document in material.documents
+        for right in needles.answered(model, contender, document, chunk, advance)
+    ]
+    tokens = sum(ids.shape[1] for ids in material.passages)
+    return replace(
+        empty_row(contender),
+        bits_per_element=size.bits_per_element,
+        effective_bits_per_element=size.effective_bits_per_element,
+        bytes=size.total,
+        uncompressed_bytes=size.uncompressed,
+        compression=size.compression,
+        perplexity=score.perplexity,
+        kl_mean=score.kl_mean,
+        kl_p99=score.kl_p99,
+        top1_agreement=score.top1_agreement,
+        scored_positions=score.positions,
+        recall=sum(answers) / len(answers) if answers else None,
+        questions=len(answers),
+        prefill_tokens_per_second=tokens / sum(each.seconds for each in found),
+    )
+
+
+def empty_row(contender: Contender) -> Result:
+    spec = None if contender.spec is None else json.loads(contender.spec.to_json())
+    return Result(contender.name, contender.library, spec)
+
+
+def failed(row: Result, error: Exception) -> Result:
+    """The row of a cache that broke: the first line of its reason, and what was measured before."""
+    first = next(iter(str(error).splitlines()), "")
+    return replace(row, status="failed", reason=f"{type(error).__name__}: {first}")
+
+
+def timed(rows: Sequence[Result], seconds: dict[str, float | Exception]) -> list[Result]:
+    """The rows with their decode steps, in milliseconds and over the uncompressed cache's."""
+    base = seconds.get(UNCOMPRESSED.name)
+    result = []
+    for row in rows:
+        taken = seconds.get(row.cache)
+        if isinstance(taken, Exception):
+            row = failed(row, taken)
+        elif taken is not None:
+            ratio = taken / base if isinstance(base, float) else None
+            row = replace(row, step_milliseconds=1000 * taken, step_ratio=ratio)
+        result.append(row)
+    return result
+
+
+def measure(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, settings: Settings, progress: Progress
+) -> list[Result]:
+    """One row for every cache, in the order of `contenders`."""
+    chosen = contenders(settings.specs, settings.baselines)
+    present = [contender for contender in chosen if contender.missing is None]
+    material = gather(model, tokenizer, texts.load(tokenizer, settings.text, settings.seed), settings)
+    task = progress.add_task("", total=material.tokens * len(present))
+    rows: dict[str, Result] = {}
+    for index, contender in enumerate(chosen):
+        progress.update(task, description=contender.name)
+        if contender.missing is not None:
+            rows[contender.name] = replace(empty_row(contender), status="not installed", reason=contender.missing)
+            continue
+        advance = lambda tokens: progress.advance(task, tokens)  # noqa: E731
+        try:
+            if contender is UNCOMPRESSED:
+                material.reference.extend(
+                    quality.predict(model, contender, ids, material.positions, settings.chunk, advance)
+                    for ids in material.passages
+                )
+            rows[contender.name] = measured(model, contender, material, settings.chunk, advance)
+        except Exception as error:
+            if contender is UNCOMPRESSED:
+                raise
+            rows[contender.name] = failed(empty_row(contender), error)
+        progress.update(task, completed=material.tokens * sum(c.missing is None for c in chosen[: index + 1]))
+    if not settings.step_context:
+        return list(rows.values())
+    running = [contender for contender in present if rows[contender.name].status == "ok"]
+    task = progress.add_task("decode steps", total=len(running) + timing.WARM_UP + settings.steps)
+    seconds = timing.decode_steps(
+        model, running, settings.step_context, settings.steps, settings.seed, lambda: progress.advance(task)
+    )
+    return timed(list(rows.values()), seconds)
+
+
+def save(folder: Path, rows: Sequence[Result], shared: dict[str, Any], title: str) -> list[Path]:
+    """Write results.jsonl, table.md and bits-kl.png into the folder; returns their paths."""
+    folder.mkdir(parents=True, exist_ok=True)
+    lines, table, picture = (folder / name for name in ("results.jsonl", "table.md", "bits-kl.png"))
+    results.write_lines(lines, rows, shared)
+    table.write_text(results.markdown_table(rows) + "".join(f"\n{line}\n" for line in results.remarks(rows)))
+    results.plot(picture, rows, title)
+    return [lines, table, picture]
+
+
+def run(settings: Settings, output: Path, console: Console) -> list[Result]:
+    """Measure, print the table, and leave the results in the folder `output`.
+
+    Raises ValueError for settings or a spec that make no sense and OSError for a text or model that is not there.
+    """
+    contenders(settings.specs)  # a wrong spec is told before the model is loaded
+    model, tokenizer = subjects.load(settings.model)
+    columns = (
+        TextColumn("{task.description:24}"),
+        BarColumn(),
+        TaskProgressColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console) as progress:
+        rows = measure(model, tokenizer, settings, progress)
+    shared = {
+        "benchmark": "quick",
+        "settings": {**asdict(settings), "text": settings.text and str(settings.text)},
+        **results.environment(str(model.device), torch.get_num_threads()),
+    }
+    name = settings.model or "embedded model"
+    title = f"{name}, {settings.context} tokens in chunks of {settings.chunk}; decode steps at {settings.step_context}"
+    written = save(output, rows, shared, title)
+    console.print(results.rich_table(rows, title))
+    for remark in results.remarks(rows):
+        console.print(remark, style="yellow", markup=False)
+    console.print("Written: " + ", ".join(map(str, written)), markup=False, soft_wrap=True)
+    return rows

@@ -1,0 +1,171 @@
+"""Results of a run: JSON lines that say where they come from, a table, and the plot of bits against KL."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+PACKAGES = ("kvcompress", "torch", "transformers", "optimum-quanto", "hqq")
+
+
+@dataclass(frozen=True)
+class Result:
+    """One cache's row; what was not measured is None. status: "ok", or "not installed" or "failed" with a `reason`.
+
+    bytes, uncompressed_bytes: of the cache after one passage. KL in nats a token. Prefill in tokens per second. A
+    decode step in milliseconds, and over the uncompressed cache's (step_ratio), at the settings' step_context.
+    """
+
+    cache: str
+    library: str
+    spec: dict[str, Any] | None
+    status: str = "ok"
+    reason: str | None = None
+    bits_per_element: float | None = None
+    effective_bits_per_element: float | None = None
+    bytes: int | None = None
+    uncompressed_bytes: int | None = None
+    compression: float | None = None
+    perplexity: float | None = None
+    kl_mean: float | None = None
+    kl_p99: float | None = None
+    top1_agreement: float | None = None
+    scored_positions: int | None = None
+    recall: float | None = None
+    questions: int | None = None
+    prefill_tokens_per_second: float | None = None
+    step_milliseconds: float | None = None
+    step_ratio: float | None = None
+
+
+#: Columns of the table: heading, field, format.
+COLUMNS = (
+    ("bits/elem", "bits_per_element", "{:.2f}"),
+    ("all held", "effective_bits_per_element", "{:.2f}"),
+    ("MB", "bytes", "{:.2f}"),
+    ("smaller", "compression", "{:.2f}x"),
+    ("perplexity", "perplexity", "{:.3f}"),
+    ("KL mean", "kl_mean", "{:.2e}"),
+    ("KL p99", "kl_p99", "{:.2e}"),
+    ("top-1", "top1_agreement", "{:.1%}"),
+    ("recall", "recall", "{:.1%}"),
+    ("prefill tok/s", "prefill_tokens_per_second", "{:,.0f}"),
+    ("step ms", "step_milliseconds", "{:.1f}"),
+    ("step", "step_ratio", "{:.2f}x"),
+)
+
+
+def installed(package: str) -> str | None:
+    """The version of an installed distribution, None where there is none."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def commit() -> str | None:
+    """The commit that this code stands at, "-dirty" appended where it was changed; None outside a repository."""
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, timeout=20)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() or None
+
+
+def environment(device: str, threads: int) -> dict[str, Any]:
+    """Versions, machine and commit, to stand in every line."""
+    return {
+        "versions": {"python": platform.python_version(), **{name: installed(name) for name in PACKAGES}},
+        "platform": platform.platform(),
+        "device": device,
+        "cores": os.cpu_count(),
+        "threads": threads,
+        "commit": commit(),
+    }
+
+
+def write_lines(path: Path, results: Sequence[Result], shared: dict[str, Any]) -> None:
+    """One JSON object a line: the row, then what all rows share (settings, versions, machine, commit)."""
+    path.write_text("".join(json.dumps({**asdict(row), **shared}) + "\n" for row in results))
+
+
+def cells(row: Result) -> list[str]:
+    """A row as text; a dash stands for what was not measured."""
+    values = [(getattr(row, field), pattern) for _, field, pattern in COLUMNS]
+    scaled = [
+        (v / 1e6 if field == "bytes" and v else v, p) for (v, p), (_, field, _) in zip(values, COLUMNS, strict=True)
+    ]
+    return [row.cache, *("-" if value is None else pattern.format(value) for value, pattern in scaled)]
+
+
+def remarks(results: Sequence[Result]) -> list[str]:
+    """A line for every row that is not, or not wholly, measured."""
+    return [f"{row.cache}: {row.status}: {row.reason}" for row in results if row.reason is not None]
+
+
+def rich_table(results: Sequence[Result], title: str) -> Table:
+    table = Table(title=title, header_style="bold", pad_edge=False)
+    table.add_column("cache", no_wrap=True)
+    for heading, _, _ in COLUMNS:
+        table.add_column(heading, justify="right")
+    for row in results:
+        first, *others = cells(row)
+        if row.status == "ok":
+            table.add_row(first, *others)
+        else:
+            table.add_row(first, f"[yellow]{row.status}[/yellow]", *others[1:])
+    return table
+
+
+def markdown_table(results: Sequence[Result]) -> str:
+    headings = ["cache", *(heading for heading, _, _ in COLUMNS)]
+    lines = [headings, ["---", *["---:"] * len(COLUMNS)]]
+    for row in results:
+        first, second, *others = cells(row)
+        lines.append([first, second if row.status == "ok" else row.status, *others])
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def plot(path: Path, results: Sequence[Result], title: str) -> None:
+    """Bits per element of the coded part against mean KL on a log scale, families joined, written as PNG.
+
+    Left out: what loses nothing that could be seen (KL below 1e-7), which a log scale cannot show.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    families: dict[str, list[tuple[float, float, str]]] = {}
+    for row in results:
+        if row.bits_per_element is not None and row.kl_mean is not None and row.kl_mean > 1e-7:
+            families.setdefault(row.cache.rstrip("0123456789"), []).append(
+                (row.bits_per_element, row.kl_mean, row.cache.removeprefix("QuantizedCache "))
+            )
+    figure, axes = pyplot.subplots(figsize=(8, 5), layout="constrained")
+    for name, points in families.items():
+        bits, kl, labels = zip(*sorted(points), strict=True)
+        axes.plot(bits, kl, "s--" if name.startswith("QuantizedCache") else "o-", label=name)
+        for place in zip(bits, kl, labels, strict=True):
+            axes.annotate(place[2], place[:2], textcoords="offset points", xytext=(6, 5), fontsize=8)
+    axes.set(
+        yscale="log",
+        xlabel="bits per element, measured, with overheads",
+        ylabel="KL to the uncompressed model, nats per token",
+    )
+    axes.set_title(title, fontsize=10)
+    axes.grid(alpha=0.3, which="both")
+    if families:
+        axes.legend()
+    figure.savefig(path, dpi=150)
+    pyplot.close(figure)

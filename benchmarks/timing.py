@@ -1,0 +1,89 @@
+"""Time of a decode step at a long context, the caches taking turns so that all see the same machine."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+from transformers import Cache, PreTrainedModel
+
+from benchmarks.caches import UNCOMPRESSED, Contender
+
+#: Tokens that the model itself writes into a cache before it is filled up, and steps that nobody times.
+START, WARM_UP = 16, 2
+
+
+@torch.inference_mode()
+def filled(model: PreTrainedModel, contender: Contender, context: int, seed: int) -> Cache:
+    """A cache of `context` tokens: START of the model's own, then normal deviates handed to every attention layer.
+
+    What the tokens say does not change what a step costs, and writing them by running the model would take longer.
+    """
+    generator = torch.Generator(model.device).manual_seed(seed)
+    ids = torch.randint(model.config.get_text_config().vocab_size, (1, START), generator=generator, device=model.device)
+    cache, shapes = contender.make(model.config), UNCOMPRESSED.make(model.config)
+    with contender.attending(model):
+        for target in (cache, shapes):
+            model(ids, past_key_values=target, use_cache=True, logits_to_keep=1)
+        for index, layer in enumerate(shapes.layers):
+            held = [getattr(layer, side, None) for side in ("keys", "values")]
+            key, value = (more_of(x, context - START, generator) for x in held)
+            if key is not None and value is not None:
+                cache.update(key, value, index)
+    return cache
+
+
+def more_of(held: object, tokens: int, generator: torch.Generator) -> Tensor | None:
+    """Normal deviates like `held` [B, H, N, D], of `tokens` tokens; None for a layer that holds no such thing."""
+    if not isinstance(held, Tensor):
+        return None
+    size = (*held.shape[:2], tokens, held.shape[3])
+    return torch.randn(size, generator=generator, device=held.device, dtype=held.dtype)
+
+
+@torch.inference_mode()
+def step_seconds(model: PreTrainedModel, contender: Contender, cache: Cache) -> float:
+    """One decode step: a forward of one token, which the cache takes in."""
+    token = torch.zeros(1, 1, dtype=torch.int64, device=model.device)
+    with contender.attending(model):
+        begun = time.perf_counter()
+        model(token, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        if token.is_cuda:
+            torch.cuda.synchronize()
+        return time.perf_counter() - begun
+
+
+def decode_steps(
+    model: PreTrainedModel,
+    contenders: Sequence[Contender],
+    context: int,
+    steps: int,
+    seed: int,
+    advance: Callable[[], object],
+) -> dict[str, float | Exception]:
+    """Median seconds of `steps` interleaved steps by contender's name, or what kept it from taking them.
+
+    A QuantizedCache also re-quantises everything once in 128 tokens; the median leaves that out, in its favour.
+    """
+    caches: dict[str, Cache] = {}
+    times: dict[str, list[float]] = {contender.name: [] for contender in contenders}
+    failures: dict[str, Exception] = {}
+    for contender in contenders:
+        try:
+            caches[contender.name] = filled(model, contender, context, seed)
+        except Exception as error:  # a baseline's own failure is a result to show
+            failures[contender.name] = error
+        advance()
+    for _ in range(WARM_UP + steps):
+        for contender in contenders:
+            if contender.name not in failures:
+                try:
+                    times[contender.name].append(step_seconds(model, contender, caches[contender.name]))
+                except Exception as error:
+                    failures[contender.name] = error
+        advance()
+    medians = {name: statistics.median(taken[WARM_UP:]) for name, taken in times.items() if name not in failures}
+    return {**medians, **failures}

@@ -1,0 +1,86 @@
+"""Find the tables of the additive trellis code: ``python -m benchmarks.trellis_search``.
+
+Alternates Viterbi encoding of unit-Gaussian vectors of 128 with a linear least-squares fit of the 24 table entries, from
+`STARTS` random starts, then rounds the best to bytes and writes kvcompress/codecs/trellis_tables.json. Prints the mean
+squared error on fresh vectors beside Lloyd-Max's.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from torch import Tensor
+
+from kvcompress.codecs import trellis
+from kvcompress.codecs.lloyd import LloydMax
+
+TARGET = Path(trellis.__file__).with_name("trellis_tables.json")
+WIDTH, VECTORS, ROUNDS, STARTS, SEED = 128, 500, 40, 40, 20261122
+RESOLUTION = 1 / 146  # of the search's integers, in standard deviations
+
+
+def code(u: Tensor, tables: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """Windows [vectors, n] of the best streams under float tables [3, 8], and the values that they stand for."""
+    values = trellis.additive_sums(tables)
+    levels = (values / RESOLUTION).round().to(torch.int32)
+    codes = trellis.encode(u, levels, RESOLUTION * trellis.FRACTION, bits)
+    found = trellis.windows(codes, bits)
+    return found, values[found]
+
+
+def refit(u: Tensor, found: Tensor) -> Tensor:
+    """Tables [3, 8] of least squared error for given windows (ridge, since the three constants are exchangeable)."""
+    fields = torch.stack([found & 7, (found >> 3 & 7) + 8, (found >> 6) + 16], dim=-1).flatten(0, -2).long()
+    design = torch.zeros(len(fields), 24, dtype=torch.float64).scatter_(1, fields, 1.0)
+    gram = design.mT @ design + 1e-6 * torch.eye(24, dtype=torch.float64)
+    return torch.linalg.solve(gram, design.mT @ u.flatten().double()).view(3, 8).to(u.dtype)
+
+
+def search(bits: int, generator: torch.Generator) -> Tensor:
+    """The best float tables of all starts."""
+    best, tables_of_best = float("inf"), torch.empty(0)
+    for _ in range(STARTS):
+        tables = torch.randn(3, 8, generator=generator, dtype=torch.float64) / 3**0.5
+        for _ in range(ROUNDS):
+            u = torch.randn(VECTORS, WIDTH, generator=generator, dtype=torch.float64)
+            found, values = code(u, tables, bits)
+            error = (u - values).square().mean().item()
+            tables = refit(u, found)
+        if error < best:
+            best, tables_of_best = error, tables
+    return tables_of_best
+
+
+def to_bytes(tables: Tensor) -> dict[str, object]:
+    """Tables of bytes whose sums fit 0..255, with the step and offset that bring them back."""
+    lowest = tables.amin(dim=1, keepdim=True)
+    step = ((tables.amax(dim=1) - lowest.squeeze(1)).sum() / 255).item()
+    whole = ((tables - lowest) / step).round().to(torch.int64)
+    return {"tables": whole.tolist(), "step": step, "offset": -lowest.sum().item() / step}
+
+
+def error_of(bits: int) -> tuple[float, float]:
+    """Mean squared error of trellis and of Lloyd-Max codes, each vector with its gain, on fresh unit-Gaussian vectors."""
+    vectors = torch.randn(1, 1, 4096, WIDTH, generator=torch.Generator().manual_seed(SEED + 1))
+    quantisers = trellis.Trellis(bits), LloydMax(bits)
+    errors = [(vectors - q.decode(q.encode(vectors), WIDTH)).square().mean().item() for q in quantisers]
+    return errors[0], errors[1]
+
+
+def main(bits: Annotated[list[int], typer.Option(help="bit counts to search for")] = [1, 2, 3, 4]) -> None:  # noqa: B006
+    """Search, write the tables, and print what they reach."""
+    found = json.loads(TARGET.read_text()) if TARGET.exists() else {}
+    for count in bits:
+        found[str(count)] = to_bytes(search(count, torch.Generator().manual_seed(SEED + count)))
+    TARGET.write_text(json.dumps(found, indent=1, sort_keys=True) + "\n")
+    for count in bits:
+        ours, lloyd = error_of(count)
+        print(f"{count} bits: additive trellis {ours:.4f}, Lloyd-Max {lloyd:.4f}", flush=True)
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,113 @@
+"""The bridge to transformers: handles that stand for a layer's keys and values, and the attention that takes them.
+
+`CompressedLayer.update` returns two `KVHandle`s. The attention function registered as "kvcompress" recognises them and
+attends on the codes; any other operation on a handle materialises it, which is right but slow, and counted.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+from transformers import AttentionInterface
+from transformers.masking_utils import AttentionMaskInterface, causal_mask_function, sdpa_mask
+
+from kvcompress.reference import Mask, Scores, attend
+
+NAME = "kvcompress"
+
+
+class HandleOwner(Protocol):
+    """What a handle needs of the cache layer that made it."""
+
+    def attend(self, query: Tensor, mask: Tensor | None, scores: Scores) -> Tensor: ...
+
+    def materialise(self, side: int) -> Tensor: ...
+
+
+class KVHandle(torch.Tensor):
+    """Stands for a layer's keys (side 0) or values (side 1), [B, H, columns, D]; any tensor operation materialises it."""
+
+    owner: HandleOwner
+    side: int
+
+    @staticmethod
+    def __new__(cls, owner: HandleOwner, side: int, shape: tuple[int, ...], like: Tensor) -> KVHandle:
+        return torch.Tensor._make_wrapper_subclass(cls, shape, dtype=like.dtype, device=like.device)  # type: ignore[attr-defined, no-any-return]
+
+    def __init__(self, owner: HandleOwner, side: int, shape: tuple[int, ...], like: Tensor):
+        self.owner, self.side = owner, side
+
+    __torch_function__ = torch._C._disabled_torch_function_impl
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return func(*tree_map(_materialised, args), **tree_map(_materialised, kwargs or {}))
+
+    def __repr__(self, *, tensor_contents: Any = None) -> str:
+        return f"KVHandle({('key', 'value')[self.side]}, shape={tuple(self.shape)}, dtype={self.dtype})"
+
+
+def _materialised(x: Any) -> Any:
+    return x.owner.materialise(x.side) if isinstance(x, KVHandle) else x
+
+
+def mask_function(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    mask_function: Any = causal_mask_function,
+    attention_mask: Tensor | None = None,
+    **kwargs: Any,
+) -> Tensor | None:
+    """The mask of our attention, as small as it can be: None where plainly causal, bool [B, KV] where only padding is
+    added, so that a million columns cost a million bytes; everything else as transformers' 4D bool mask.
+    """
+    if mask_function is not causal_mask_function:
+        return sdpa_mask(batch_size, q_length, kv_length, mask_function=mask_function, attention_mask=attention_mask, **kwargs)
+    if attention_mask is None:
+        return None
+    real = attention_mask.bool()
+    padded = nn.functional.pad(real, (0, max(kv_length - real.shape[1], 0)), value=True)[:, :kv_length]
+    return None if bool(padded.all()) else padded
+
+
+def attention_forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """transformers' attention function: query [B, H*G, Q, D] to (output [B, Q, H*G, D_v], None).
+
+    On the codes where key and value are handles of one layer, else plainly on the tensors (materialising handles). Raises
+    ValueError for dropout, which a cache has no use for.
+    """
+    if dropout:
+        raise ValueError(f"attention dropout must be 0 with the {NAME!r} attention (call model.eval()), got {dropout}")
+    scores = Scores(query.shape[-1] ** -0.5 if scaling is None else scaling, softcap, s_aux)
+    if isinstance(key, KVHandle) and isinstance(value, KVHandle) and key.owner is value.owner:
+        if (key.side, value.side) == (0, 1):
+            return key.owner.attend(query, attention_mask, scores), None
+    key, value = _materialised(key), _materialised(value)
+    causal = getattr(module, "is_causal", True) and query.shape[2] > 1
+    return attend(query, None, key, value, as_mask(attention_mask, causal), scores), None
+
+
+def as_mask(tensor: Tensor | None, causal: bool) -> Mask:
+    """A mask as transformers hands it over: none, bool [B, columns], or 4D (bool, or added to the scores)."""
+    if tensor is not None and tensor.ndim not in (2, 4):
+        raise ValueError(f"the attention mask must have 2 or 4 dimensions, got shape {tuple(tensor.shape)}")
+    return Mask(tensor, causal and (tensor is None or tensor.ndim == 2))
+
+
+AttentionInterface.register(NAME, attention_forward)
+AttentionMaskInterface.register(NAME, mask_function)

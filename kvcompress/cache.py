@@ -1,0 +1,366 @@
+"""`CompressedCache`: a transformers cache whose full-attention layers hold codes.
+
+Within a layer's call `update` keeps the chunk's exact keys and values aside and returns handles; our attention attends the
+history and the chunk, then commits the chunk to the history, which codes what has left the window. With any other attention
+`update` commits at once and returns dense copies.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections import Counter
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import Cache, DynamicCache, PreTrainedConfig
+from transformers.cache_utils import (
+    CacheLayerMixin,
+    DynamicLayer,
+    LinearAttentionAndFullAttentionLayer,
+    LinearAttentionLayer,
+)
+
+from kvcompress.attention import NAME, KVHandle, as_mask
+from kvcompress.history import History
+from kvcompress.memory import MemoryReport, storage_bytes
+from kvcompress.reference import Scores, attend
+from kvcompress.spec import DEFAULT_SPEC, CacheSpec, LayerSpec
+
+logger = logging.getLogger(__name__)
+
+
+class Transaction:
+    """One forward pass through the layers: what each held before it, so that an error can undo the whole pass."""
+
+    def __init__(self) -> None:
+        self._before: dict[int, tuple[Any, dict[str, Any]]] = {}
+
+    def enter(self, index: int, layer: Any) -> None:
+        """Remember a layer; one that was entered already, or that precedes one that was, begins a new pass."""
+        if self._before and index <= max(self._before):
+            self._before = {}
+        state = dict(vars(layer))
+        if isinstance(layer, CompressedLayer):
+            state["history"] = copy.copy(layer.history)
+        self._before[index] = (layer, state)
+
+    def close(self) -> None:
+        """The pass went well."""
+        self._before = {}
+
+    def undo(self) -> None:
+        """Put every layer back as it was before the pass."""
+        for layer, state in self._before.values():
+            vars(layer).clear()
+            vars(layer).update(state)
+        self._before = {}
+
+
+class CompressedLayer(CacheLayerMixin):
+    """One layer's history behind transformers' layer contract."""
+
+    is_compileable = False
+    is_sliding = False
+    is_croppable = True
+
+    def __init__(self, config: PreTrainedConfig, spec: CacheSpec, index: int, count: int, counts: Counter[str]):
+        super().__init__()
+        self.config, self.spec, self.index, self.is_last = config, spec, index, index == count - 1
+        self.codecs = spec.layer(index, count)
+        self.counts = counts
+        self.transaction = Transaction()
+        self.history: History | None = None
+        self.pending: tuple[Tensor, Tensor] | None = None
+        self.record_past = False
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Build the codecs for these head sizes; raises ValueError where one does not support its size."""
+        key, value = self.codecs.key.build(key_states.shape[-1]), self.codecs.value.build(value_states.shape[-1])
+        self.history = History(key, value, self.spec.sinks, self.spec.window)
+        self.dtype, self.device = key_states.dtype, key_states.device
+        self.is_initialized = True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Take a chunk [B, H, Q, D]; returns handles where our attention will read them, else dense copies.
+
+        Raises ValueError, leaving the layer as it was, for shapes that do not go with what is held and for numbers that
+        are not finite (looked for on a CPU and in chunks; a single bad token on a GPU makes the output NaN, as it would
+        uncompressed).
+        """
+        self.settle()
+        if not self.is_initialized:
+            self._check_finite(key_states, value_states)
+            self.lazy_initialization(key_states, value_states)
+        self._check(key_states, value_states)
+        self.pending = key_states, value_states
+        if self.config._attn_implementation == NAME:
+            shapes = [(*x.shape[:2], self.get_seq_length(), x.shape[3]) for x in (key_states, value_states)]
+            key, value = (KVHandle(self, i, s, key_states) for i, s in enumerate(shapes))
+            return key, value
+        self.settle()
+        return self.materialise(0), self.materialise(1)
+
+    def attend(self, query: Tensor, mask: Tensor | None, scores: Scores) -> Tensor:
+        """Attention over the history and the pending chunk, which then joins the history: [B, Q, H*G, D_v]."""
+        try:
+            out = self._attend(query, mask, scores)
+        except Exception:
+            self.transaction.undo()
+            raise
+        if self.is_last:
+            self.transaction.close()
+        return out
+
+    def _attend(self, query: Tensor, mask: Tensor | None, scores: Scores) -> Tensor:
+        if self.pending is None or self.history is None:
+            raise RuntimeError("these handles were attended already; update() makes new ones for every call")
+        key, value = self.pending
+        if mask is not None and mask.shape[-1] != self.get_seq_length():
+            raise ValueError(f"the mask covers {mask.shape[-1]} tokens, the cache holds {self.get_seq_length()}")
+        out = attend(query, self.history, key, value, as_mask(mask, causal=True), scores)
+        self.counts["fused"] += 1
+        self.settle(self._real_tokens(mask))
+        return out
+
+    def materialise(self, side: int) -> Tensor:
+        """All tokens of keys (0) or values (1), [B, H, columns, D], decoded: as large as an uncompressed layer's."""
+        assert self.history is not None
+        self.counts["materialised"] += 1
+        if self.counts["materialised"] == 1:
+            logger.warning(
+                "a layer's keys or values are being decoded as a whole, since %r attention does not read codes; "
+                "model.set_attn_implementation(%r) avoids it (cache.stats() counts)",
+                self.config._attn_implementation,
+                NAME,
+            )
+        dense = self.history.dense(side) if self.history.lengths else None
+        if self.pending is None:
+            assert dense is not None
+            return dense
+        return self.pending[side] if dense is None else torch.cat([dense, self.pending[side]], dim=2)
+
+    def settle(self, real: list[int] | None = None) -> None:
+        """Let the pending chunk join the history; `real`: how many of its tokens, counted from the end, are no padding."""
+        if self.history is None or self.pending is None:
+            return
+        key, value = self.pending
+        if self.record_past:  # what the last pass added may have been cropped by now; the rest can be coded
+            self.history.code()
+        self.history.append(key, value, real or [key.shape[2]] * len(key))
+        self.pending = None
+        if not self.record_past:
+            self.history.code()
+
+    def _real_tokens(self, mask: Tensor | None) -> list[int] | None:
+        """The chunk's tokens from each row's first that anybody may attend; only a row's first tokens can be padding."""
+        assert self.history is not None and self.pending is not None
+        rows, _, length, _ = self.pending[0].shape
+        lengths = self.history.lengths or [0] * rows
+        if mask is None or min(lengths) > 0:
+            return None
+        if mask.ndim == 4:
+            seen = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
+            mask = seen.flatten(1, 2).any(dim=1).expand(rows, -1)
+        leading = (mask[:, -length:].cumsum(dim=1) == 0).sum(dim=1).tolist()
+        return [length if held else length - pad for held, pad in zip(lengths, leading, strict=True)]
+
+    def _check(self, key: Tensor, value: Tensor) -> None:
+        assert self.history is not None
+        if self.history.lengths:
+            for side, (held, new) in enumerate(zip(self.history.recent, (key, value), strict=True)):
+                wanted = (len(self.history.lengths), held.shape[1], new.shape[2], held.shape[3])
+                if new.shape != wanted or new.dtype != held.dtype:
+                    raise ValueError(
+                        f"layer {self.index} holds {('keys', 'values')[side]} of (rows, heads, head_dim) "
+                        f"{(wanted[0], wanted[1], wanted[3])} in {held.dtype}, got {tuple(new.shape)} in {new.dtype}; "
+                        "a cache belongs to one model and one batch"
+                    )
+        self._check_finite(key, value)
+
+    def _check_finite(self, *tensors: Tensor) -> None:
+        for name, x in zip(("keys", "values"), tensors, strict=True):
+            if (x.device.type == "cpu" or x.shape[2] > 1) and not bool(torch.isfinite(x).all()):
+                raise ValueError(f"the {name} of layer {self.index} hold NaN or infinite numbers")
+
+    def get_seq_length(self) -> int:
+        held = self.history.columns if self.history is not None else 0
+        return held + (self.pending[0].shape[2] if self.pending is not None else 0)
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.get_seq_length() + query_length, 0
+
+    def get_max_length(self) -> int:
+        return -1
+
+    @property
+    def batch_size(self) -> int:
+        """Rows held; -1 before there are any."""
+        return len(self.history.lengths) if self.history is not None and self.history.lengths else -1
+
+    def activate_past_recording(self) -> None:
+        """From now on tokens are coded one pass late, so that those that `crop` takes back never were."""
+        self.record_past = True
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Drop the last -tokens_to_remove tokens; raises ValueError for a positive number or more than are held."""
+        if tokens_to_remove > 0:
+            raise ValueError(f"crop takes minus the number of tokens to remove, got {tokens_to_remove}")
+        self.settle()
+        if self.history is not None:
+            self.history.crop(-tokens_to_remove)
+            self.history.code()
+
+    def reset(self) -> None:
+        self.pending = None
+        if self.history is not None:
+            self.history.clear()
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        self.batch_select_indices(beam_idx)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        self.settle()
+        if self.history is not None:
+            self.history.select(indices)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        self.settle()
+        if self.history is not None:
+            self.history.select(torch.arange(len(self.history.lengths)).repeat_interleave(repeats))
+
+    def offload(self) -> None:
+        self.settle()
+        if self.history is not None:
+            self.history.to("cpu")
+
+    def prefetch(self) -> None:
+        if self.history is not None:
+            self.history.to(self.device)
+
+    def memory(self) -> MemoryReport:
+        """Bytes of this layer by part, summed over real storage."""
+        history, pending = self.history, self.pending or ()
+        if history is None or not (history.lengths or pending):
+            return MemoryReport.nothing()
+        held = history.recent or pending
+        width = held[0].shape[1] * (held[0].shape[3] + held[1].shape[3])
+        rows = len(held[0])
+        codes = [part for name, part in history.pool.parts() if name.endswith(".codes")]
+        scales = [part for name, part in history.pool.parts() if not name.endswith(".codes")]
+        fits = [item for fit in history.fits for item in fit.items()]
+        fresh = rows * pending[0].shape[2] if pending else 0
+        return MemoryReport(
+            codes=storage_bytes(codes),
+            scales=storage_bytes(scales),
+            means=storage_bytes(x for name, x in fits if name == "mean"),
+            bases=storage_bytes(x for name, x in fits if name != "mean"),
+            tables=storage_bytes([history.table.ids, history.table.fill, *history.pool.index()]),
+            exact=storage_bytes([*history.sink, *history.recent, *pending]),
+            tokens=max(history.lengths, default=0) + (pending[0].shape[2] if pending else 0),
+            coded_elements=sum(history.coded) * width,
+            elements=(sum(history.lengths) + fresh) * width,
+            uncompressed=rows * self.get_seq_length() * width * self.dtype.itemsize,
+        )
+
+
+class CompressedHybridLayer(LinearAttentionLayer, CompressedLayer):
+    """A layer with attention and linear attention in parallel (Falcon-H1): codes beside transformers' own states."""
+
+    is_compileable = False
+
+    def __init__(self, number_of_states: int, *args: Any):
+        CompressedLayer.__init__(self, *args)
+        LinearAttentionLayer.__init__(self, number_of_states=number_of_states)
+
+    def lazy_initialization(self, *args: Any, **kwargs: Any) -> None:
+        (CompressedLayer if args else LinearAttentionLayer).lazy_initialization(self, *args, **kwargs)
+
+    def _each(self, name: str, *args: Any) -> None:
+        getattr(LinearAttentionLayer, name)(self, *args)
+        getattr(CompressedLayer, name)(self, *args)
+
+    def offload(self) -> None:
+        self._each("offload")
+
+    def prefetch(self) -> None:
+        self._each("prefetch")
+
+    def reset(self) -> None:
+        self._each("reset")
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        self._each("reorder_cache", beam_idx)
+
+    def crop(self, tokens_to_remove: int) -> None:
+        self._each("crop", tokens_to_remove)
+
+
+class CompressedCache(Cache):
+    """A cache for `model.generate(..., past_key_values=CompressedCache(model.config, "trellis3"))`.
+
+    config: the model's (its text part is taken); the same object, since it names the attention in use. spec: a CacheSpec
+    or its string. Full-attention layers hold codes; sliding, linear and dummy layers stay as transformers makes them.
+    Raises ValueError where the model has no full-attention layer, the spec names a layer beyond its layers, or (at the
+    first token, before anything is stored) a codec does not support its head sizes.
+    """
+
+    def __init__(self, config: PreTrainedConfig, spec: CacheSpec | str = DEFAULT_SPEC):
+        self.spec = CacheSpec.parse(spec)
+        config = config.get_text_config(decoder=True)
+        layers: list[Any] = list(DynamicCache(config=config).layers)
+        layers = layers or [DynamicLayer() for _ in range(config.num_hidden_layers)]
+        self._counts: Counter[str] = Counter()
+        self._transaction = Transaction()
+        for index, layer in enumerate(layers):
+            settings = (config, self.spec, index, len(layers), self._counts)
+            if type(layer) is DynamicLayer:
+                layers[index] = CompressedLayer(*settings)
+            elif type(layer) is LinearAttentionAndFullAttentionLayer:
+                layers[index] = CompressedHybridLayer(layer.number_of_states, *settings)
+            if isinstance(layers[index], CompressedLayer):
+                layers[index].transaction = self._transaction
+        if not any(isinstance(layer, CompressedLayer) for layer in layers):
+            kinds = ", ".join(sorted({type(layer).__name__ for layer in layers}))
+            raise ValueError(f"{type(config).__name__} has no full-attention layer to compress (its layers: {kinds})")
+        super().__init__(layers=layers)
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """See `CompressedLayer.update`. On an error every layer is as it was before this forward pass."""
+        if layer_idx >= len(self.layers):
+            raise ValueError(f"this cache was made for {len(self.layers)} layers, got layer {layer_idx}")
+        layer = self.layers[layer_idx]
+        self._transaction.enter(layer_idx, layer)
+        try:
+            result = layer.update(key_states, value_states, *args, **kwargs)
+        except Exception:
+            self._transaction.undo()
+            raise
+        if layer_idx == len(self.layers) - 1 and not isinstance(result[0], KVHandle):
+            self._transaction.close()
+        return result
+
+    def rollback(self) -> None:
+        """Undo a forward pass that an error outside the cache broke off (attention layers; linear states stay)."""
+        self._transaction.undo()
+
+    def memory(self) -> MemoryReport:
+        """Measured bytes of all layers: codes with their overheads, exact parts, stock layers (counted as exact)."""
+        return sum((_layer_memory(layer) for layer in self.layers), MemoryReport.nothing())
+
+    def stats(self) -> dict[str, int]:
+        """fused: attention calls on codes; materialised: times a layer's keys or values were decoded as a whole."""
+        return {name: self._counts[name] for name in ("fused", "materialised")}
+
+
+def _layer_memory(layer: Any) -> MemoryReport:
+    """A layer's bytes; those of a stock layer's keys and values count as exact."""
+    if isinstance(layer, CompressedLayer):
+        return layer.memory()
+    held = [x for x in (getattr(layer, "keys", None), getattr(layer, "values", None)) if isinstance(x, Tensor)]
+    elements = sum(x.numel() for x in held)
+    size = storage_bytes(held)
+    return MemoryReport(0, 0, 0, 0, 0, size, layer.get_seq_length() if held else 0, 0, elements, size)

@@ -1,0 +1,151 @@
+"""`trellis2`, `trellis3`, `trellis4`: Hadamard rotation and an additive trellis code.
+
+A vector's codes form a circular bit stream, `bits` bits an element. Element t is decoded from the last nine bits of the
+stream up to and including its own, cut into three 3-bit fields, newest first, each with a table of eight bytes::
+
+    x_t = gain step (A[f0] + B[f1] + C[f2] - offset)             (3 bits: f0, f1, f2 = c_t, c_(t-1), c_(t-2))
+
+so neighbours share bits and the encoder picks the best of all streams (trellis-coded quantisation; QTIP, arXiv 2406.11235,
+uses free tables for weights). Decoding needs no recursion and three 8-entry table look-ups. The stream bites its tail:
+the elements before the first are the last ones, so no start state is stored.
+
+The encoder is Viterbi's algorithm in integers: exact, and the same on every device and for every batch size. The tables
+are those of `trellis_tables.json`, found by `python -m benchmarks.trellis_search`.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from functools import lru_cache
+from importlib import resources
+
+import torch
+from torch import Tensor
+
+from kvcompress import packing
+from kvcompress.codecs import Band, Codec, Coded, register
+from kvcompress.codecs.scale import GAIN_BITS, best_gain, normalise
+from kvcompress.codecs.transforms import Hadamard
+from kvcompress.spec import CodecSpec
+
+MEMORY = 9  # bits of the stream that an element is decoded from
+FRACTION = 4  # the encoder's resolution: parts of a table unit
+SEAM = 64  # bits of the stream on either side of the vector's end that decide where it bites its tail
+BLOCK = 1024  # vectors encoded at a time: bounds the workspace to a few megabytes
+FAR = 1 << 29  # the cost of a state that is not allowed
+
+
+@dataclass(frozen=True)
+class Table:
+    """values: float32 [512], the unit-Gaussian value of a nine-bit window; levels: int32 [512], the encoder's."""
+
+    values: Tensor
+    levels: Tensor
+    step: float
+
+
+def additive_sums(tables: Tensor) -> Tensor:
+    """[512]: A[w & 7] + B[w >> 3 & 7] + C[w >> 6] over windows w, from tables [3, 8]; the newest bits are the lowest."""
+    a, b, c = tables
+    return (c.view(8, 1, 1) + b.view(1, 8, 1) + a.view(1, 1, 8)).flatten()
+
+
+@lru_cache
+def shipped_table(bits: int, device: torch.device) -> Table:
+    content = json.loads(resources.files("kvcompress.codecs").joinpath("trellis_tables.json").read_text())[str(bits)]
+    sums = additive_sums(torch.tensor(content["tables"], dtype=torch.float64)) - content["offset"]
+    values = (sums * content["step"]).to(device, torch.float32)
+    return Table(values, (sums * FRACTION).round().to(device, torch.int32), content["step"])
+
+
+def windows(codes: Tensor, bits: int) -> Tensor:
+    """The nine-bit window of every element of circular streams: codes [..., n] to int32 [..., n]."""
+    codes = codes.int()
+    window = codes.clone()
+    for back in range(1, -(-MEMORY // bits)):
+        window |= codes.roll(back, dims=-1) << (bits * back)
+    return window & (2**MEMORY - 1)
+
+
+def viterbi(targets: Tensor, levels: Tensor, bits: int, seam: Tensor | None = None) -> Tensor:
+    """Streams of least squared error: targets int32 [n, vectors] in the units of levels [512].
+
+    Returns the states, the last 9 - bits bits of the stream, after every element: int64 [n, vectors]; an element's code
+    is its state's lowest bits. `seam` [vectors], where given, is the state both before the first and after the last.
+    A candidate's cost and the oldest bits that it drops share an integer, so one minimum yields both.
+    """
+    length, count = targets.shape
+    branches, states = 2**bits, 2 ** (MEMORY - bits)
+    oldest = torch.arange(branches, dtype=torch.int32, device=targets.device).repeat_interleave(states)
+    constant = (levels.square() * branches + oldest).unsqueeze(1)  # of (x - v)^2 = x^2 + v^2 - 2 x v, x^2 is left out
+    slope = (-2 * branches * levels).unsqueeze(1)
+    cost = torch.zeros(states, count, dtype=torch.int32, device=targets.device)
+    if seam is not None:
+        cost.fill_(FAR).scatter_(0, seam.unsqueeze(0), 0)
+    work = torch.empty(2**MEMORY, count, dtype=torch.int32, device=targets.device)
+    best = torch.empty_like(cost)
+    dropped = torch.empty(length, states, count, dtype=torch.uint8, device=targets.device)
+    for t in range(length):
+        torch.mul(slope, targets[t], out=work).add_(constant)
+        work.view(states, branches, count).add_(cost.unsqueeze(1))  # window = old state, new code
+        torch.amin(work.view(branches, states, count), dim=0, out=best)  # window = dropped bits, new state
+        dropped[t] = best & (branches - 1)
+        torch.bitwise_and(best, -branches, out=cost)
+    return _trace(dropped, cost.argmin(dim=0) if seam is None else seam, bits)
+
+
+def _trace(dropped: Tensor, state: Tensor, bits: int) -> Tensor:
+    """All states, from the last one [vectors] back along the dropped bits [n, states, vectors]."""
+    length, _, count = dropped.shape
+    path = torch.empty(length, count, dtype=torch.int64, device=dropped.device)
+    for t in range(length - 1, -1, -1):
+        path[t] = state
+        window = dropped[t].gather(0, state.unsqueeze(0)).squeeze(0).long() << (MEMORY - bits) | state
+        state = window >> bits
+    return path
+
+
+def encode(u: Tensor, levels: Tensor, step: float, bits: int) -> Tensor:
+    """Codes uint8 [vectors, n] of unit-variance vectors [vectors, n], BLOCK vectors at a time."""
+    codes = [_encode_block(block, levels, step, bits) for block in u.split(BLOCK)]
+    return torch.cat(codes) if codes else u.to(torch.uint8)
+
+
+def _encode_block(u: Tensor, levels: Tensor, step: float, bits: int) -> Tensor:
+    """Where the stream bites its tail is found on the elements around the end, then the whole is coded with it."""
+    length = u.shape[-1]
+    targets = torch.nan_to_num(u * (FRACTION / step)).round().to(torch.int32).mT.contiguous()
+    reach = min(SEAM // bits, length)
+    around = torch.arange(-reach, reach, device=u.device) % length
+    seam = viterbi(targets[around], levels, bits)[reach - 1]
+    path = viterbi(targets, levels, bits, seam)
+    return (path & (2**bits - 1)).to(torch.uint8).mT
+
+
+@dataclass(frozen=True)
+class Trellis:
+    """Vectors as circular streams of `bits` bits an element, each with its gain."""
+
+    bits: int
+
+    def encode(self, y: Tensor) -> Coded:
+        table = shipped_table(self.bits, y.device)
+        codes = encode(normalise(y).flatten(0, -2), table.levels, table.step, self.bits).view(y.shape)
+        shape = table.values[windows(codes, self.bits)]
+        return {"codes": packing.pack(codes, self.bits), "gain": best_gain(y, shape)}
+
+    def decode(self, coded: Coded, width: int) -> Tensor:
+        codes = packing.unpack(coded["codes"], self.bits, width)
+        values = shipped_table(self.bits, codes.device).values[windows(codes, self.bits)]
+        return values * coded["gain"].float().unsqueeze(-1)
+
+    def vector_bits(self, width: int, dtype: torch.dtype) -> float:
+        return self.bits * width + GAIN_BITS
+
+
+@register("trellis", bits=(1, 2, 3, 4))
+def build(spec: CodecSpec, head_dim: int) -> Codec:
+    assert spec.bits is not None
+    transform = Hadamard(head_dim)
+    return Codec(head_dim, transform, (Band(transform.rank, Trellis(spec.bits)),))

@@ -1,0 +1,149 @@
+"""`wrap(model)`: from then on `model.generate(...)` makes a compressed cache by itself and prefills in chunks."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import types
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from tqdm import tqdm
+from transformers import GenerationMixin, PreTrainedConfig, PreTrainedModel
+
+from kvcompress.attention import NAME
+from kvcompress.cache import CompressedCache
+from kvcompress.spec import DEFAULT_SPEC, CacheSpec
+
+Model = TypeVar("Model", bound=PreTrainedModel)
+
+logger = logging.getLogger(__name__)
+
+PROGRESS_TOKENS = 16_384  # prompts from this length on show a progress bar
+_STATE = "_kvcompress"  # a wrapped model's attribute
+
+
+@dataclass
+class _Wrapped:
+    spec: CacheSpec
+    prefill_chunk: int
+
+
+@dataclass
+class _Switch:
+    """What attention a config named before the first of the models that share it was wrapped, and how many are."""
+
+    before: str
+    models: int
+
+
+_switches: dict[int, _Switch] = {}  # by the id of a living config
+
+
+def wrap(model: Model, spec: CacheSpec | str = DEFAULT_SPEC, prefill_chunk: int = 4096) -> Model:
+    """Make `model.generate` use a `CompressedCache`; returns the same model.
+
+    A call that brings its own cache, or asks for one (`cache_implementation`, `use_cache=False`), is left as it is.
+    Prompts longer than `prefill_chunk` tokens are prefilled in chunks of that many. Wrapping again changes the settings.
+    The model's attention is switched to "kvcompress" (models that share its config object included, for which it computes
+    the same as before); a model that cannot be switched keeps its own and works on decoded copies.
+
+    Raises TypeError for what is no generating model, ValueError for a bad spec, chunk or a model without full attention.
+    """
+    if not isinstance(model, PreTrainedModel) or not isinstance(model, GenerationMixin):
+        raise TypeError(f"wrap takes a transformers model that can generate, got {type(model).__name__}")
+    if not isinstance(prefill_chunk, int) or prefill_chunk < 1:
+        raise ValueError(f"prefill_chunk must be a positive number of tokens, got {prefill_chunk!r}")
+    settings = _Wrapped(CacheSpec.parse(spec), prefill_chunk)
+    CompressedCache(model.config, settings.spec)  # raises for what could not be cached
+    if _STATE not in vars(model):
+        _switch_attention(model)
+        model._prepare_cache_for_generation = types.MethodType(_prepare_cache, model)  # type: ignore[method-assign]
+        model._prefill = types.MethodType(_prefill, model)  # type: ignore[method-assign]
+    setattr(model, _STATE, settings)
+    return model
+
+
+def unwrap(model: Model) -> Model:
+    """Undo `wrap`; a model that is not wrapped is returned as it is."""
+    if _STATE in vars(model):
+        for name in (_STATE, "_prepare_cache_for_generation", "_prefill"):
+            delattr(model, name)
+        _switch_back(model)
+    return model
+
+
+def _text_config(model: PreTrainedModel) -> PreTrainedConfig:
+    return model.config.get_text_config(decoder=True)
+
+
+def _switch_attention(model: PreTrainedModel) -> None:
+    """Name our attention in the model's config, unless a model that shares the config did."""
+    config = _text_config(model)
+    if id(config) not in _switches:
+        before = config._attn_implementation
+        try:
+            model.set_attn_implementation(NAME)
+        except ValueError as error:
+            logger.warning("%s keeps %r attention and works on decoded copies: %s", type(model).__name__, before, error)
+            return
+        _switches[id(config)] = _Switch(before or "eager", 0)
+        weakref.finalize(config, _switches.pop, id(config), None)
+    _switches[id(config)].models += 1
+
+
+def _switch_back(model: PreTrainedModel) -> None:
+    """Name the former attention again, once no model that shares the config is wrapped."""
+    switch = _switches.get(id(_text_config(model)))
+    if switch is not None:
+        switch.models -= 1
+        if not switch.models:
+            del _switches[id(_text_config(model))]
+            model.set_attn_implementation(switch.before)
+
+
+def _prepare_cache(model: Any, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+    """transformers' own preparation, given a compressed cache where it would have made a dynamic one."""
+    default = generation_config.cache_implementation in (None, "dynamic") and generation_config.use_cache is not False
+    made = default and model_kwargs.get("past_key_values") is None and model._supports_default_dynamic_cache()
+    if made:
+        settings: _Wrapped = getattr(model, _STATE)
+        model_kwargs["past_key_values"] = CompressedCache(model.config, settings.spec)
+    result = type(model)._prepare_cache_for_generation(model, generation_config, model_kwargs, *args, **kwargs)
+    if made:
+        model_kwargs["past_key_values"]._is_user_defined = False
+    return result
+
+
+def _prefill(model: Any, input_ids: Any, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+    """transformers' own prefill, told to go in chunks where the prompt is long, with a progress bar where very long."""
+    cache = model_kwargs.get("past_key_values")
+    chunk = getattr(model, _STATE).prefill_chunk
+    new = input_ids.shape[1] - (cache.get_seq_length() if cache is not None else 0)
+    whole = model_kwargs.get("inputs_embeds") is not None or not isinstance(cache, CompressedCache) or new <= chunk
+    if not whole and generation_config.prefill_chunk_size is None:
+        generation_config = copy.copy(generation_config)
+        generation_config.prefill_chunk_size = chunk
+    with _progress(model, new if not whole and new >= PROGRESS_TOKENS else None):
+        return type(model)._prefill(model, input_ids, generation_config, model_kwargs, *args, **kwargs)
+
+
+@contextmanager
+def _progress(model: Any, tokens: int | None) -> Iterator[None]:
+    """Count the tokens that pass through the model's forward; None: no bar."""
+    if tokens is None:
+        yield
+        return
+    with tqdm(total=tokens, unit="token", unit_scale=True, desc="prefill") as bar:
+
+        def count(_: Any, args: Any, kwargs: dict[str, Any], output: Any) -> None:
+            bar.update(kwargs["input_ids"].shape[1])
+
+        hook = model.register_forward_hook(count, with_kwargs=True)
+        try:
+            yield
+        finally:
+            hook.remove()
