@@ -58,7 +58,10 @@ def compressed(text: str) -> Contender:
 
 
 def quantized(backend: str, bits: int) -> Contender:
-    """QuantizedCache with groups of 64 and 128 exact recent tokens, axis 0: the one axis that takes every bit count."""
+    """QuantizedCache with groups of 64 and 128 exact recent tokens, axis 0: the one axis that takes every bit count.
+
+    It keeps scales and zeros in the model's dtype: 1 bit an element in float32, half a bit in 16 bits.
+    """
 
     def make(config: PretrainedConfig) -> Cache:
         return QuantizedCache(

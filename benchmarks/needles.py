@@ -54,7 +54,7 @@ def build(
     room = filler.shape[1] - used - gap
     if room < len(facts) + 1:
         raise ValueError(
-            f"{len(facts)} facts, their questions and a gap of {gap} tokens leave no text of {filler.shape[1]}"
+            f"{len(facts)} facts, their questions and a gap of {gap} tokens leave no room for text in {filler.shape[1]} tokens"
         )
     text = filler[0]
     parts, last = [text[:1]], 1
@@ -78,7 +78,7 @@ def documents(
     """`count` documents of `length` tokens with `facts` facts each, asked for in an order of its own."""
     rng = random.Random(seed)
     result = []
-    for filler in text.windows(count, length, first=0.5):
+    for filler in text.windows(count, length, first=0.25):
         stated = draw_facts(rng, facts)
         result.append(build(tokenizer, filler, stated, rng.sample(stated, facts), gap))
     return result

@@ -35,9 +35,9 @@ class Settings:
     specs: tuple[str, ...] = SPECS
     baselines: bool = True
     context: int = 4096
-    passages: int = 2
-    documents: int = 3
-    facts: int = 32
+    passages: int = 1
+    documents: int = 2
+    facts: int = 48
     chunk: int = 512
     step_context: int = 8192
     steps: int = 9
@@ -62,12 +62,11 @@ class Settings:
 
 @dataclass(frozen=True)
 class Material:
-    """The tokens of a run: passages [1, N], the positions scored in each, documents, the uncompressed predictions."""
+    """The tokens of a run: passages [1, N], the positions that are scored in each of them, and recall documents."""
 
     passages: list[Tensor]
     positions: Tensor
     documents: list[Document]
-    reference: list[Predictions]
 
     @property
     def targets(self) -> list[Tensor]:
@@ -79,26 +78,43 @@ class Material:
         return sum(ids.shape[1] for ids in [*self.passages, *(document.ids for document in self.documents)])
 
 
-def gather(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, text: Text, settings: Settings) -> Material:
-    """Passages and documents as long as the settings ask, or as the text allows; the reference is still to come."""
+def fitted(settings: Settings, text: Text) -> Settings:
+    """The settings with no more context, and no more passages of it, than the text has."""
     context = min(settings.context, len(text.ids) + len(text.prefix))
-    passages = text.windows(min(settings.passages, max(1, len(text.ids) // context)), context)
-    positions = quality.scored_positions(context, model.config.get_text_config().vocab_size)
+    return replace(settings, context=context, passages=min(settings.passages, max(1, len(text.ids) // context)))
+
+
+def gather(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, text: Text, settings: Settings) -> Material:
+    """Passages and documents; raises ValueError where the context has no room for the facts."""
+    passages = text.windows(settings.passages, settings.context)
+    positions = quality.scored_positions(settings.context, model.config.get_text_config().vocab_size)
     gap = settings.chunk + WINDOW
-    documents = needles.documents(tokenizer, text, settings.documents, context, settings.facts, gap, settings.seed)
-    return Material(passages, positions, documents, [])
+    documents = needles.documents(
+        tokenizer, text, settings.documents, settings.context, settings.facts, gap, settings.seed
+    )
+    return Material(passages, positions, documents)
 
 
-def measured(model: PreTrainedModel, contender: Contender, material: Material, chunk: int, advance: Advance) -> Result:
+def read(
+    model: PreTrainedModel, contender: Contender, material: Material, chunk: int, advance: Advance
+) -> list[Predictions]:
+    """What the model predicts in every passage through a cache."""
+    return [quality.predict(model, contender, ids, material.positions, chunk, advance) for ids in material.passages]
+
+
+def measured(
+    model: PreTrainedModel,
+    contender: Contender,
+    material: Material,
+    reference: list[Predictions],
+    chunk: int,
+    advance: Advance,
+) -> Result:
     """Size, quality, recall and prefill speed of one cache; raises whatever the cache raises."""
-    found = material.reference
-    if contender is not UNCOMPRESSED:
-        found = [
-            quality.predict(model, contender, ids, material.positions, chunk, advance) for ids in material.passages
-        ]
-    size = footprint(found[-1].cache, material.reference[-1].cache)
+    found = reference if contender is UNCOMPRESSED else read(model, contender, material, chunk, advance)
+    size = footprint(found[-1].cache, reference[-1].cache)
     score = quality.compare(
-        [each.log_probs for each in material.reference], [each.log_probs for each in found], material.targets
+        [each.log_probs for each in reference], [each.log_probs for each in found], material.targets
     )
     answers = [
         right
@@ -151,32 +167,29 @@ def timed(rows: Sequence[Result], seconds: dict[str, float | Exception]) -> list
 
 
 def measure(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, settings: Settings, progress: Progress
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, text: Text, settings: Settings, progress: Progress
 ) -> list[Result]:
-    """One row for every cache, in the order of `contenders`."""
+    """One row for every cache, in the order of `contenders`; raises only what the uncompressed cache raises."""
     chosen = contenders(settings.specs, settings.baselines)
     present = [contender for contender in chosen if contender.missing is None]
-    material = gather(model, tokenizer, texts.load(tokenizer, settings.text, settings.seed), settings)
-    task = progress.add_task("", total=material.tokens * len(present))
+    material = gather(model, tokenizer, text, settings)
+    task = progress.add_task(UNCOMPRESSED.name, total=material.tokens * len(present))
+
+    def advance(tokens: int) -> None:
+        progress.advance(task, tokens)
+
+    reference = read(model, UNCOMPRESSED, material, settings.chunk, advance)
     rows: dict[str, Result] = {}
-    for index, contender in enumerate(chosen):
-        progress.update(task, description=contender.name)
+    for contender in chosen:
         if contender.missing is not None:
             rows[contender.name] = replace(empty_row(contender), status="not installed", reason=contender.missing)
             continue
-        advance = lambda tokens: progress.advance(task, tokens)  # noqa: E731
+        progress.update(task, description=contender.name)
         try:
-            if contender is UNCOMPRESSED:
-                material.reference.extend(
-                    quality.predict(model, contender, ids, material.positions, settings.chunk, advance)
-                    for ids in material.passages
-                )
-            rows[contender.name] = measured(model, contender, material, settings.chunk, advance)
-        except Exception as error:
-            if contender is UNCOMPRESSED:
-                raise
+            rows[contender.name] = measured(model, contender, material, reference, settings.chunk, advance)
+        except Exception as error:  # a cache that breaks is a result to show
             rows[contender.name] = failed(empty_row(contender), error)
-        progress.update(task, completed=material.tokens * sum(c.missing is None for c in chosen[: index + 1]))
+        progress.update(task, completed=material.tokens * sum(other.name in rows for other in present))
     if not settings.step_context:
         return list(rows.values())
     running = [contender for contender in present if rows[contender.name].status == "ok"]
@@ -204,6 +217,8 @@ def run(settings: Settings, output: Path, console: Console) -> list[Result]:
     """
     contenders(settings.specs)  # a wrong spec is told before the model is loaded
     model, tokenizer = subjects.load(settings.model)
+    text = texts.load(tokenizer, settings.text, settings.seed)
+    settings = fitted(settings, text)
     columns = (
         TextColumn("{task.description:24}"),
         BarColumn(),
@@ -212,7 +227,7 @@ def run(settings: Settings, output: Path, console: Console) -> list[Result]:
         TimeRemainingColumn(),
     )
     with Progress(*columns, console=console) as progress:
-        rows = measure(model, tokenizer, settings, progress)
+        rows = measure(model, tokenizer, text, settings, progress)
     shared = {
         "benchmark": "quick",
         "settings": {**asdict(settings), "text": settings.text and str(settings.text)},
@@ -221,7 +236,7 @@ def run(settings: Settings, output: Path, console: Console) -> list[Result]:
     name = settings.model or "embedded model"
     title = f"{name}, {settings.context} tokens in chunks of {settings.chunk}; decode steps at {settings.step_context}"
     written = save(output, rows, shared, title)
-    console.print(results.rich_table(rows, title))
+    console.print(*results.rich_tables(rows, title, console.width))
     for remark in results.remarks(rows):
         console.print(remark, style="yellow", markup=False)
     console.print("Written: " + ", ".join(map(str, written)), markup=False, soft_wrap=True)

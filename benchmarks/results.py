@@ -14,7 +14,9 @@ from typing import Any
 
 from rich.table import Table
 
-PACKAGES = ("kvcompress", "torch", "transformers", "optimum-quanto", "hqq")
+import kvcompress
+
+PACKAGES = ("torch", "transformers", "optimum-quanto", "hqq")
 
 
 @dataclass(frozen=True)
@@ -47,11 +49,14 @@ class Result:
     step_ratio: float | None = None
 
 
+#: Characters that the table takes; how many of its columns make up its first half.
+FULL_WIDTH, SIZE_AND_QUALITY = 155, 8
+
 #: Columns of the table: heading, field, format.
 COLUMNS = (
     ("bits/elem", "bits_per_element", "{:.2f}"),
     ("all held", "effective_bits_per_element", "{:.2f}"),
-    ("MB", "bytes", "{:.2f}"),
+    ("bytes", "bytes", "{:,}"),
     ("smaller", "compression", "{:.2f}x"),
     ("perplexity", "perplexity", "{:.3f}"),
     ("KL mean", "kl_mean", "{:.2e}"),
@@ -85,7 +90,11 @@ def commit() -> str | None:
 def environment(device: str, threads: int) -> dict[str, Any]:
     """Versions, machine and commit, to stand in every line."""
     return {
-        "versions": {"python": platform.python_version(), **{name: installed(name) for name in PACKAGES}},
+        "versions": {
+            "python": platform.python_version(),
+            "kvcompress": kvcompress.__version__,
+            **{name: installed(name) for name in PACKAGES},
+        },
         "platform": platform.platform(),
         "device": device,
         "cores": os.cpu_count(),
@@ -100,12 +109,10 @@ def write_lines(path: Path, results: Sequence[Result], shared: dict[str, Any]) -
 
 
 def cells(row: Result) -> list[str]:
-    """A row as text; a dash stands for what was not measured."""
-    values = [(getattr(row, field), pattern) for _, field, pattern in COLUMNS]
-    scaled = [
-        (v / 1e6 if field == "bytes" and v else v, p) for (v, p), (_, field, _) in zip(values, COLUMNS, strict=True)
-    ]
-    return [row.cache, *("-" if value is None else pattern.format(value) for value, pattern in scaled)]
+    """A row as text: the cache, or why there is no more to say of it, then its numbers, a dash for what is missing."""
+    name = row.cache if row.status == "ok" else f"{row.cache} ({row.status})"
+    values = [getattr(row, field) for _, field, _ in COLUMNS]
+    return [name, *("-" if v is None else form.format(v) for v, (_, _, form) in zip(values, COLUMNS, strict=True))]
 
 
 def remarks(results: Sequence[Result]) -> list[str]:
@@ -113,27 +120,34 @@ def remarks(results: Sequence[Result]) -> list[str]:
     return [f"{row.cache}: {row.status}: {row.reason}" for row in results if row.reason is not None]
 
 
-def rich_table(results: Sequence[Result], title: str) -> Table:
-    table = Table(title=title, header_style="bold", pad_edge=False)
-    table.add_column("cache", no_wrap=True)
-    for heading, _, _ in COLUMNS:
-        table.add_column(heading, justify="right")
-    for row in results:
-        first, *others = cells(row)
-        if row.status == "ok":
-            table.add_row(first, *others)
-        else:
-            table.add_row(first, f"[yellow]{row.status}[/yellow]", *others[1:])
-    return table
+def rich_tables(results: Sequence[Result], title: str, width: int) -> list[Table]:
+    """The table, in two halves where `width` characters do not hold it."""
+    every = list(range(1, len(COLUMNS) + 1))
+    halves = [every] if width >= FULL_WIDTH else [every[:SIZE_AND_QUALITY], every[SIZE_AND_QUALITY:]]
+    tables = []
+    for part in halves:
+        table = Table(title=title, header_style="bold", pad_edge=False)
+        table.add_column("cache", no_wrap=True)
+        for index in part:
+            table.add_column(COLUMNS[index - 1][0], justify="right", no_wrap=True)
+        for row in results:
+            texts = cells(row)
+            table.add_row(texts[0], *(texts[index] for index in part))
+        tables.append(table)
+    return tables
 
 
 def markdown_table(results: Sequence[Result]) -> str:
     headings = ["cache", *(heading for heading, _, _ in COLUMNS)]
-    lines = [headings, ["---", *["---:"] * len(COLUMNS)]]
-    for row in results:
-        first, second, *others = cells(row)
-        lines.append([first, second if row.status == "ok" else row.status, *others])
+    lines = [headings, ["---", *["---:"] * len(COLUMNS)], *map(cells, results)]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def family(row: Result) -> str:
+    """What a row's curve is called: its codec where keys and values share it, else its own name, without its bits."""
+    if row.spec is None:
+        return row.cache.rstrip("0123456789")
+    return str(row.spec["key"]["name"]) if row.spec["key"] == row.spec["value"] else row.cache
 
 
 def plot(path: Path, results: Sequence[Result], title: str) -> None:
@@ -149,7 +163,7 @@ def plot(path: Path, results: Sequence[Result], title: str) -> None:
     families: dict[str, list[tuple[float, float, str]]] = {}
     for row in results:
         if row.bits_per_element is not None and row.kl_mean is not None and row.kl_mean > 1e-7:
-            families.setdefault(row.cache.rstrip("0123456789"), []).append(
+            families.setdefault(family(row), []).append(
                 (row.bits_per_element, row.kl_mean, row.cache.removeprefix("QuantizedCache "))
             )
     figure, axes = pyplot.subplots(figsize=(8, 5), layout="constrained")

@@ -23,5 +23,5 @@ def load(name: str | None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         model = AutoModelForCausalLM.from_pretrained(name, dtype="auto" if on_gpu else torch.float32).eval()
         tokenizer = AutoTokenizer.from_pretrained(name)
     if on_gpu:
-        model.cuda()
+        torch.nn.Module.cuda(model)
     return model, tokenizer

@@ -24,10 +24,11 @@ class Text:
     prefix: Tensor
     name: str
 
-    def windows(self, count: int, length: int, first: float = 0.0) -> list[Tensor]:
+    def windows(self, count: int, length: int, first: float = 0.5) -> list[Tensor]:
         """`count` windows [1, length] in even steps, each opened by the prefix.
 
-        first: where the first one starts, as a share of a step. Raises ValueError where the text is too short for one.
+        first: where the first one starts, as a share of a step, so that two sets can keep apart.
+        Raises ValueError where the text is too short for one.
         """
         body = length - len(self.prefix)
         room = len(self.ids) - body

@@ -148,10 +148,13 @@ class History:
         return coded
 
     def row_fit(self, side: int) -> Fit:
-        """What was learned of one side (0: keys, 1: values), each [B, H, ...]; rows without codes get the first one."""
+        """What was learned of one side (0: keys, 1: values), each [B, H, ...].
+
+        A row without codes gets another row's, which it has no use for; where no row has codes the result means nothing.
+        """
         owners = [max(place, 0) for place in self.fit_of]
         fit = self.fits[side]
-        if all(owners == list(range(len(t))) for t in fit.values()):
+        if not any(self.coded) or all(owners == list(range(len(t))) for t in fit.values()):
             return fit
         return {name: tensor[owners] for name, tensor in fit.items()}
 

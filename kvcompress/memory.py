@@ -1,8 +1,8 @@
 """Memory of a cache: what one holds (`MemoryReport`, measured) and what would fit on a GPU (`plan`, computed).
 
-A report's bytes are those of real storage. A plan needs no weights and no GPU: the model is built from its config on the
-meta device, its parameters are counted there, and a forward pass of a few tokens, which computes nothing, shows what
-every layer of transformers' own `DynamicCache` would hold.
+A report's bytes are those of real storage. A plan needs no weights and no GPU: the model is built from its config on
+the meta device, its parameters are counted there, and a forward pass of a few tokens, which computes nothing, shows
+what every layer of transformers' own `DynamicCache` would hold.
 """
 
 from __future__ import annotations
@@ -155,7 +155,7 @@ class Plan:
         head = [
             f"{self.model}: {self.parameters / 1e9:,.2f} billion parameters, {self.layers} layers, "
             f"{self.compressed_layers} of them compressed with {spec}; batch {self.batch}",
-            f"GPU {format_bytes(self.gpu_memory)} = weights {format_bytes(self.weights)} (at {self.weight_bits:g} bits) "
+            f"GPU {format_bytes(self.gpu_memory)} = weights {format_bytes(self.weights)} at {self.weight_bits:g} bits "
             f"+ reserve {format_bytes(self.reserve)} + {format_bytes(max(self.cache_memory, 0))} for the cache",
             "Computed from the config, not measured.",
         ]
@@ -200,12 +200,13 @@ def plan(
     (or "1M", see `parse_count`). gpu_memory, reserve: bytes (or "80GB", see `parse_size`). batch: rows. dtype: of the
     cache. weight_bits: bits for each parameter.
 
-    The numbers are computed, not measured. Weights are the exact count of parameters. The compressed size is an upper
-    bound to within a page (64 tokens) held exactly in each layer and row: sinks, window and one page that fills up in
-    `dtype`, everything before them as codes with scales and with what is learned once a row. Layers that are not
-    compressed count as stored by transformers: sliding ones up to their window, linear ones with their states, MLA
-    latents as they are. Page tables (CPU memory) are left out. Activations are not counted: `reserve` is set aside for
-    them, for logits and for the CUDA context, and a long prefill chunk may need more.
+    The numbers are computed, not measured. Weights are the exact count of parameters. The compressed size is the most
+    that is held on the way to that context: sinks, window and a page (64 tokens) that fills up exactly in `dtype`, or
+    as many tokens as a codec learns from where those are more, and everything before them as codes with scales and
+    what was learned. That is at most a page too much in each layer and row. Layers that are not compressed count as
+    transformers stores them: sliding ones up to their window, linear ones with their states, MLA latents as they are.
+    Page tables (CPU memory) are left out. Activations are not counted: `reserve` is set aside for them, for logits and
+    for the CUDA context, and a long prefill chunk may need more.
 
     Raises ValueError for an argument out of range, a model that has no cache or cannot be traced, or a codec that does
     not support its head size; OSError where the config cannot be found.
@@ -332,6 +333,7 @@ class _Layer:
 class _Coding:
     """One layer of one row in a compressed cache, at its fullest: see `kvcompress.history` for the rule."""
 
+    sinks: int  # tokens; room is made for all of them at once
     kept: int  # tokens: sinks and window
     needed: int  # tokens that have to be there before any is coded
     token_bytes: int
@@ -340,7 +342,7 @@ class _Coding:
 
     def held(self, tokens: int) -> int:
         pages = max(tokens - self.kept, 0) // PAGE if tokens >= self.needed else 0
-        exact = min(tokens, max(self.kept + PAGE, self.needed))
+        exact = min(max(tokens, self.sinks), max(self.kept + PAGE, self.needed))  # the most at any time
         return exact * self.token_bytes + math.ceil(pages * self.page_bytes) + (self.fit_bytes if pages else 0)
 
 
@@ -370,6 +372,7 @@ def _coding(layer: _Layer, spec: CacheSpec, index: int, count: int, dtype: torch
         return None
     costs = [_cost(s, dim, dtype) for s, dim in zip((sides.key, sides.value), layer.dims, strict=True)]
     return _Coding(
+        sinks=spec.sinks,
         kept=spec.sinks + spec.window,
         needed=spec.sinks + max(cost.fit_tokens for cost in costs),
         token_bytes=layer.token_bytes,

@@ -18,7 +18,7 @@ from torch import Tensor
 from kvcompress.history import History
 from kvcompress.store import PAGE
 
-WORKSPACE = 1 << 22  # elements
+WORKSPACE = 1 << 21  # elements
 TILE = 1024  # exact tokens attended at a time
 
 

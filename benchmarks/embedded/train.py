@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from benchmarks.embedded.corpus import END, VOCABULARY, Mixture, Shares, books, standard_library, train_tokenizer
+from benchmarks.embedded.plant import plant_previous_token_head
 from benchmarks.recall import draw_facts
 
 SEED = 20261122
@@ -35,19 +36,24 @@ WARMUP_STEPS = 40
 
 @dataclass(frozen=True)
 class Phase:
-    """`steps` optimiser steps on `rows` sequences of `context` tokens, drawn by `shares`."""
+    """`steps` optimiser steps on `rows` sequences of `context` tokens, drawn by `shares`.
+
+    plant: write a previous-token head into the first layer before the first of them.
+    """
 
     steps: int
     rows: int
     context: int
     shares: Shares
+    plant: bool = False
 
 
 PHASES = (
     Phase(steps=450, rows=32, context=256, shares=Shares(recall=0.40, code=0.20, repeat=0.0, spacing=48)),
     Phase(steps=250, rows=32, context=256, shares=Shares(recall=0.35, code=0.10, repeat=0.25, spacing=28)),
-    Phase(steps=180, rows=8, context=1024, shares=Shares(recall=0.40, code=0.15, repeat=0.10, spacing=40)),
-    Phase(steps=120, rows=1, context=4608, shares=Shares(recall=0.45, code=0.15, repeat=0.0, spacing=64)),
+    Phase(steps=200, rows=32, context=256, shares=Shares(recall=0.40, code=0.10, repeat=0.25, spacing=28), plant=True),
+    Phase(steps=120, rows=8, context=1024, shares=Shares(recall=0.40, code=0.15, repeat=0.10, spacing=40)),
+    Phase(steps=100, rows=1, context=4608, shares=Shares(recall=0.45, code=0.15, repeat=0.0, spacing=64)),
 )
 
 
@@ -163,9 +169,11 @@ def train(
         adam.load_state_dict(saved["adam"])
         done = saved["step"]
     start, begun = done, time.monotonic()
-    for step, phase in enumerate(phase for phase in PHASES for _ in range(phase.steps)):
+    for step, (phase, within) in enumerate((phase, i) for phase in PHASES for i in range(phase.steps)):
         if step < start:
             continue
+        if phase.plant and within == 0:
+            plant_previous_token_head(model, torch.Generator().manual_seed(SEED))
         mixture = Mixture(tokenizer, prose, code, seed=SEED + step)
         ids, weights = (
             torch.from_numpy(a).to(device) for a in mixture.batch(phase.rows, phase.context, phase.shares)

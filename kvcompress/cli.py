@@ -1,0 +1,231 @@
+"""The `kvcompress` command: generate text with a compressed cache, plan memory, list the codecs.
+
+What a user can get wrong ends in one line on stderr and exit code 2; anything else is a bug and shows its traceback.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+if TYPE_CHECKING:
+    import torch
+
+app = typer.Typer(
+    help="Hold long contexts in less memory: a model's KV cache as codes of about three bits.",
+    epilog="Each command has its own help: kvcompress generate --help",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+)
+
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+SpecOption = Annotated[
+    str | None,
+    typer.Option("--spec", help="How to compress the cache, such as trellis3 or trellis:k4v2; see: kvcompress specs"),
+]
+
+
+@dataclass
+class Settings:
+    """The options that stand before a command."""
+
+    debug: bool = False
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the command with `arguments` (None: the process's own) and exit the process."""
+    settings = Settings()
+    try:
+        code = app(arguments, prog_name="kvcompress", standalone_mode=False, obj=settings)
+    except typer.Abort:
+        code = 130
+    except Exception as error:
+        message = user_message(error)
+        if message is None or settings.debug:
+            raise
+        if message:
+            _complain(message)
+        code = 2
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def user_message(error: Exception) -> str | None:
+    """One line for an error that input or circumstances cause (empty where help was shown instead); None for a bug."""
+    if hasattr(error, "format_message"):  # typer's own: an unknown option, a value of the wrong kind
+        text = error.format_message()
+    elif isinstance(error, ValueError | OSError | ImportError) or type(error).__name__ == "OutOfMemoryError":
+        text = str(error) or type(error).__name__
+    else:
+        return None
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return lines[0] if lines else ""
+
+
+def _complain(message: str) -> None:
+    from rich.console import Console
+    from rich.text import Text
+
+    Console(stderr=True).print(Text(f"error: {message}", style="red"), soft_wrap=True)
+
+
+@app.callback()
+def options(
+    context: typer.Context,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+) -> None:
+    context.ensure_object(Settings).debug = debug
+
+
+@app.command()
+def generate(
+    prompt: Annotated[str, typer.Argument(help="Text to continue, as it stands; - reads it from standard input.")],
+    model: Annotated[
+        str | None, typer.Option(help="Folder or Hugging Face id; without it, the small model in this package.")
+    ] = None,
+    spec: SpecOption = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to generate at most.")] = 128,
+    temperature: Annotated[float, typer.Option(min=0, help="0: greedy, the likeliest token each time.")] = 0,
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps; auto: a GPU where there is one.")] = "auto",
+    dtype: Annotated[
+        Dtype, typer.Option(help="The model's and the exact tokens'; auto: as the model is stored.")
+    ] = "auto",
+    seed: Annotated[int | None, typer.Option(help="Makes sampling (a temperature above 0) repeatable.")] = None,
+) -> None:
+    """Continue a prompt with a compressed KV cache: streams the text, then says what the cache took.
+
+    \b
+    Examples:
+      kvcompress generate "It was a bright cold day in April"
+      kvcompress generate - --model Qwen/Qwen3-0.6B --spec trellis:k4v2 < book.txt
+      kvcompress generate "Once" --temperature 0.8 --seed 1 --max-new-tokens 300
+    """
+    import torch
+
+    import kvcompress
+
+    chosen = kvcompress.CacheSpec.parse(spec or kvcompress.DEFAULT_SPEC)
+    text, place = _read_prompt(prompt), _device(device)
+    network, tokenizer = _load(model, dtype)
+    kvcompress.wrap(network.to(place), chosen)
+    cache = kvcompress.CompressedCache(network.config, chosen)
+    if seed is not None:
+        torch.manual_seed(seed)
+    _stream(network, tokenizer, text, cache, max_new_tokens, temperature)
+    print(f"\n{cache.memory()}")
+
+
+def _read_prompt(prompt: str) -> str:
+    text = sys.stdin.read() if prompt == "-" else prompt
+    if not text:
+        raise ValueError("the prompt is empty: there is nothing to continue")
+    return text
+
+
+def _device(name: str) -> torch.device:
+    import torch
+
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # unknown, or not of this machine
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"cannot use the device {name!r}: {reason}; auto or cpu always works") from error
+    return device
+
+
+def _load(name: str | None, dtype: Dtype) -> tuple[Any, Any]:
+    """The model in eval mode, and its tokenizer."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from kvcompress import models
+
+    if name is None:
+        return models.embedded() if dtype == "auto" else models.embedded(dtype=getattr(torch, dtype))
+    model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
+    return model.eval(), AutoTokenizer.from_pretrained(name)
+
+
+def _stream(network: Any, tokenizer: Any, text: str, cache: Any, max_new_tokens: int, temperature: float) -> None:
+    """Print the continuation of `text` token by token."""
+    from transformers import TextStreamer
+
+    inputs = tokenizer(text, return_tensors="pt").to(network.device)
+    sampling = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
+    network.generate(
+        input_ids=inputs["input_ids"],
+        attention_mask=inputs["attention_mask"],
+        past_key_values=cache,
+        max_new_tokens=max_new_tokens,
+        streamer=TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True),
+        **sampling,
+    )
+
+
+@app.command()
+def plan(
+    model: Annotated[str, typer.Argument(help="Folder, config.json or Hugging Face id; no weights are loaded.")],
+    context: Annotated[
+        str, typer.Option(help="Tokens of each row: 131072, 128k, 1M (k is 1024, M is 1024 k).")
+    ] = "128k",
+    gpu: Annotated[str, typer.Option(help="Memory of the GPU: 80GB (10^9 bytes each) or 79GiB (2^30).")] = "80GB",
+    spec: SpecOption = None,
+    batch: Annotated[int, typer.Option(min=1, help="Rows of that context at once.")] = 1,
+    weight_bits: Annotated[float, typer.Option(help="Bits for each of the model's parameters.")] = 16,
+    reserve: Annotated[str, typer.Option(help="Memory set aside for activations and the like.")] = "2GiB",
+) -> None:
+    """Say which context lengths fit on a GPU, with and without compression, from a model's config alone.
+
+    \b
+    Examples:
+      kvcompress plan Qwen/Qwen3-8B --context 1M --gpu 80GB
+      kvcompress plan ./my-model --gpu 24GB --spec trellis2 --weight-bits 4.5
+    """
+    import kvcompress
+
+    chosen = kvcompress.CacheSpec.parse(spec or kvcompress.DEFAULT_SPEC)
+    print(kvcompress.plan(model, context, chosen, gpu, batch=batch, weight_bits=weight_bits, reserve=reserve))
+
+
+@app.command()
+def specs() -> None:
+    """List the codecs with the bits that they take, and how a spec is written."""
+    import kvcompress.spec
+
+    _print_codecs()
+    grammar = (kvcompress.spec.__doc__ or "").partition("::")[2].strip("\n")
+    print(f"\nA spec names codecs and settings; the default is {kvcompress.DEFAULT_SPEC}.\n\n{grammar.rstrip()}")
+
+
+def _print_codecs() -> None:
+    """A table of every registered family: its bits, and what an element of a bfloat16 cache takes with its scales."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from kvcompress.spec import CODECS
+
+    table = Table("spec", "bits per element\nhead_dim 64", "\n128", "what it is")
+    for name in CODECS:
+        factory: Any = CODECS[name]
+        what = (sys.modules[factory.__module__].__doc__ or "").partition("\n")[0]
+        for position, bits in enumerate(factory.bits or [None]):
+            table.add_row(*_codec_row(name, bits), "" if position else what)
+    Console().print(table)
+
+
+def _codec_row(name: str, bits: int | None) -> list[str]:
+    import torch
+
+    from kvcompress.spec import CodecSpec
+
+    spec = CodecSpec(name, bits)
+    return [str(spec), *(f"{spec.build(size).bits_per_element(torch.bfloat16):.3f}" for size in (64, 128))]
+
+
+if __name__ == "__main__":
+    main()
