@@ -54,7 +54,8 @@ def build(
     room = filler.shape[1] - used - gap
     if room < len(facts) + 1:
         raise ValueError(
-            f"{len(facts)} facts, their questions and a gap of {gap} tokens leave no room for text in {filler.shape[1]} tokens"
+            f"{len(facts)} facts, their questions and a gap of {gap} tokens leave no room for text "
+            f"in {filler.shape[1]} tokens"
         )
     text = filler[0]
     parts, last = [text[:1]], 1

@@ -1,8 +1,9 @@
 """Peak memory of a chunked prefill on the CPU: ``python -m benchmarks.prefill_memory --spec trellis3``.
 
-A Llama of random weights (8 layers, 4 KV heads of 64, float32) reads TOKENS random tokens. Reported, in bytes: how far the
-process's resident set rose above what it was before the prefill at its highest (VmHWM, reset by /proc/self/clear_refs, so
-Linux only), what the compressed cache holds afterwards, and what an uncompressed cache of these tokens would take.
+A Llama of random weights (8 layers, 4 KV heads of 64, float32) reads TOKENS random tokens. Reported, in bytes: how far
+the process's resident set rose above what it was before the prefill at its highest (VmHWM, reset by
+/proc/self/clear_refs, so Linux only), what the compressed cache holds afterwards, and what an uncompressed cache of
+these tokens would take.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import gc
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import typer
@@ -56,9 +57,10 @@ def main(
     """Print one JSON object."""
     llama = model()
     llama.set_attn_implementation("sdpa" if spec == "dynamic" else "kvcompress")
+    config: Any = llama.config  # its sizes are optional to the type checker, but a built model has them all
 
     def make() -> Cache:
-        return DynamicCache(config=llama.config) if spec == "dynamic" else kvcompress.CompressedCache(llama.config, spec)
+        return DynamicCache(config=config) if spec == "dynamic" else kvcompress.CompressedCache(config, spec)
 
     prefill(llama, make(), 2 * chunk, chunk)  # what is loaded and allocated once
     gc.collect()
@@ -66,7 +68,7 @@ def main(
     before = resident("VmRSS")
     cache = make()
     prefill(llama, cache, tokens, chunk)
-    width = 2 * llama.config.num_hidden_layers * llama.config.num_key_value_heads * llama.config.head_dim
+    width = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
     held = cache.memory().total if isinstance(cache, kvcompress.CompressedCache) else tokens * width * 4
     result = {"spec": spec, "tokens": tokens, "chunk": chunk, "peak": resident("VmHWM") - before}
     print(json.dumps(result | {"cache": held, "uncompressed": tokens * width * 4}))

@@ -36,7 +36,7 @@ class Settings:
     baselines: bool = True
     context: int = 4096
     passages: int = 1
-    documents: int = 2
+    documents: int = 1
     facts: int = 48
     chunk: int = 512
     step_context: int = 8192

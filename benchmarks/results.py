@@ -49,9 +49,6 @@ class Result:
     step_ratio: float | None = None
 
 
-#: Characters that the table takes; how many of its columns make up its first half.
-FULL_WIDTH, SIZE_AND_QUALITY = 155, 8
-
 #: Columns of the table: heading, field, format.
 COLUMNS = (
     ("bits/elem", "bits_per_element", "{:.2f}"),
@@ -121,18 +118,22 @@ def remarks(results: Sequence[Result]) -> list[str]:
 
 
 def rich_tables(results: Sequence[Result], title: str, width: int) -> list[Table]:
-    """The table, in two halves where `width` characters do not hold it."""
-    every = list(range(1, len(COLUMNS) + 1))
-    halves = [every] if width >= FULL_WIDTH else [every[:SIZE_AND_QUALITY], every[SIZE_AND_QUALITY:]]
+    """The table, cut into as many as it takes for each to fit into `width` characters."""
+    columns = list(zip(["cache", *(heading for heading, _, _ in COLUMNS)], *map(cells, results), strict=True))
+    widths = [max(map(len, column)) + 3 for column in columns]
+    groups: list[list[int]] = [[]]
+    for index in range(1, len(columns)):
+        if groups[-1] and widths[0] + sum(widths[i] for i in groups[-1]) + widths[index] >= width:
+            groups.append([])
+        groups[-1].append(index)
     tables = []
-    for part in halves:
+    for group in groups:
         table = Table(title=title, header_style="bold", pad_edge=False)
         table.add_column("cache", no_wrap=True)
-        for index in part:
-            table.add_column(COLUMNS[index - 1][0], justify="right", no_wrap=True)
-        for row in results:
-            texts = cells(row)
-            table.add_row(texts[0], *(texts[index] for index in part))
+        for index in group:
+            table.add_column(columns[index][0], justify="right", no_wrap=True)
+        for row in zip(*(columns[index][1:] for index in [0, *group]), strict=True):
+            table.add_row(*row)
         tables.append(table)
     return tables
 

@@ -1,8 +1,8 @@
 """Find the tables of the additive trellis code: ``python -m benchmarks.trellis_search``.
 
-Alternates Viterbi encoding of unit-Gaussian vectors of 128 with a linear least-squares fit of the 24 table entries, from
-`STARTS` random starts, then rounds the best to bytes and writes kvcompress/codecs/trellis_tables.json. Prints the mean
-squared error on fresh vectors beside Lloyd-Max's.
+Alternates Viterbi encoding of unit-Gaussian vectors of 128 with a linear least-squares fit of the 24 table entries,
+from `STARTS` random starts, then rounds the best to bytes and writes kvcompress/codecs/trellis_tables.json. Prints the
+mean squared error on fresh vectors beside Lloyd-Max's.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ def code(u: Tensor, tables: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     values = trellis.additive_sums(tables)
     levels = (values / RESOLUTION).round().to(torch.int32)
     codes = trellis.encode(u, levels, RESOLUTION * trellis.FRACTION, bits)
-    found = trellis.windows(codes, bits)
+    found = trellis.windows(codes, bits).long()
     return found, values[found]
 
 
 def refit(u: Tensor, found: Tensor) -> Tensor:
     """Tables [3, 8] of least squared error for given windows (ridge, since the three constants are exchangeable)."""
-    fields = torch.stack([found & 7, (found >> 3 & 7) + 8, (found >> 6) + 16], dim=-1).flatten(0, -2).long()
+    fields = torch.stack([found & 7, (found >> 3 & 7) + 8, (found >> 6) + 16], dim=-1).flatten(0, -2)
     design = torch.zeros(len(fields), 24, dtype=torch.float64).scatter_(1, fields, 1.0)
     gram = design.mT @ design + 1e-6 * torch.eye(24, dtype=torch.float64)
     return torch.linalg.solve(gram, design.mT @ u.flatten().double()).view(3, 8).to(u.dtype)
@@ -64,7 +64,7 @@ def to_bytes(tables: Tensor) -> dict[str, object]:
 
 
 def error_of(bits: int) -> tuple[float, float]:
-    """Mean squared error of trellis and of Lloyd-Max codes, each vector with its gain, on fresh unit-Gaussian vectors."""
+    """Mean squared error of trellis and Lloyd-Max codes, each vector with its gain, on fresh unit-Gaussian vectors."""
     vectors = torch.randn(1, 1, 4096, WIDTH, generator=torch.Generator().manual_seed(SEED + 1))
     quantisers = trellis.Trellis(bits), LloydMax(bits)
     errors = [(vectors - q.decode(q.encode(vectors), WIDTH)).square().mean().item() for q in quantisers]

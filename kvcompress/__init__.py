@@ -1,5 +1,7 @@
 """kvcompress: hold a very long context on one GPU by compressing a model's KV cache to about three bits an element.
 
+Its use::
+
     model = kvcompress.wrap(AutoModelForCausalLM.from_pretrained(...), "trellis3")
     model.generate(...)
 """

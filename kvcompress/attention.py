@@ -26,32 +26,43 @@ class HandleOwner(Protocol):
 
     def materialise(self, side: int) -> Tensor: ...
 
+    def undo(self) -> None: ...
+
 
 class KVHandle(torch.Tensor):
-    """Stands for a layer's keys (side 0) or values (side 1), [B, H, columns, D]; any tensor operation materialises it."""
+    """Stands for a layer's keys (side 0) or values (1), [B, H, columns, D]; any tensor operation materialises it."""
 
     owner: HandleOwner
     side: int
 
     @staticmethod
     def __new__(cls, owner: HandleOwner, side: int, shape: tuple[int, ...], like: Tensor) -> KVHandle:
-        return torch.Tensor._make_wrapper_subclass(cls, shape, dtype=like.dtype, device=like.device)  # type: ignore[attr-defined, no-any-return]
+        return torch.Tensor._make_wrapper_subclass(cls, shape, dtype=like.dtype, device=like.device)
 
     def __init__(self, owner: HandleOwner, side: int, shape: tuple[int, ...], like: Tensor):
         self.owner, self.side = owner, side
 
-    __torch_function__ = torch._C._disabled_torch_function_impl
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         return func(*tree_map(_materialised, args), **tree_map(_materialised, kwargs or {}))
 
-    def __repr__(self, *, tensor_contents: Any = None) -> str:
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"KVHandle({('key', 'value')[self.side]}, shape={tuple(self.shape)}, dtype={self.dtype})"
 
 
 def _materialised(x: Any) -> Any:
     return x.owner.materialise(x.side) if isinstance(x, KVHandle) else x
+
+
+def _owner_of(key: Tensor, value: Tensor) -> HandleOwner | None:
+    """The layer whose keys and values these are the handles of; None where they are anything else."""
+    if not isinstance(key, KVHandle) or not isinstance(value, KVHandle):
+        return None
+    return key.owner if key.owner is value.owner and (key.side, value.side) == (0, 1) else None
 
 
 def mask_function(
@@ -65,8 +76,11 @@ def mask_function(
     """The mask of our attention, as small as it can be: None where plainly causal, bool [B, KV] where only padding is
     added, so that a million columns cost a million bytes; everything else as transformers' 4D bool mask.
     """
-    if mask_function is not causal_mask_function:
-        return sdpa_mask(batch_size, q_length, kv_length, mask_function=mask_function, attention_mask=attention_mask, **kwargs)
+    ends_apart = kwargs.get("q_offset", 0) + q_length != kwargs.get("kv_offset", 0) + kv_length  # as in a static cache
+    if ends_apart or mask_function is not causal_mask_function:
+        kwargs["allow_is_causal_skip"] = kwargs.get("allow_is_causal_skip", True) and not ends_apart
+        kwargs |= {"mask_function": mask_function, "attention_mask": attention_mask}
+        return sdpa_mask(batch_size, q_length, kv_length, **kwargs)
     if attention_mask is None:
         return None
     real = attention_mask.bool()
@@ -88,15 +102,17 @@ def attention_forward(
 ) -> tuple[Tensor, None]:
     """transformers' attention function: query [B, H*G, Q, D] to (output [B, Q, H*G, D_v], None).
 
-    On the codes where key and value are handles of one layer, else plainly on the tensors (materialising handles). Raises
-    ValueError for dropout, which a cache has no use for.
+    On the codes where key and value are handles of one layer, else plainly on the tensors (materialising handles).
+    Raises ValueError for dropout, which a cache has no use for.
     """
     if dropout:
+        if isinstance(key, KVHandle):
+            key.owner.undo()
         raise ValueError(f"attention dropout must be 0 with the {NAME!r} attention (call model.eval()), got {dropout}")
     scores = Scores(query.shape[-1] ** -0.5 if scaling is None else scaling, softcap, s_aux)
-    if isinstance(key, KVHandle) and isinstance(value, KVHandle) and key.owner is value.owner:
-        if (key.side, value.side) == (0, 1):
-            return key.owner.attend(query, attention_mask, scores), None
+    owner = _owner_of(key, value)
+    if owner is not None:
+        return owner.attend(query, attention_mask, scores), None
     key, value = _materialised(key), _materialised(value)
     causal = getattr(module, "is_causal", True) and query.shape[2] > 1
     return attend(query, None, key, value, as_mask(attention_mask, causal), scores), None

@@ -1,8 +1,8 @@
 """`CompressedCache`: a transformers cache whose full-attention layers hold codes.
 
-Within a layer's call `update` keeps the chunk's exact keys and values aside and returns handles; our attention attends the
-history and the chunk, then commits the chunk to the history, which codes what has left the window. With any other attention
-`update` commits at once and returns dense copies.
+Within a layer's call `update` keeps the chunk's exact keys and values aside and returns handles; our attention attends
+the history and the chunk, then commits the chunk to the history, which codes what has left the window. With any other
+attention `update` commits at once and returns dense copies.
 """
 
 from __future__ import annotations
@@ -26,28 +26,38 @@ from kvcompress.attention import NAME, KVHandle, as_mask
 from kvcompress.history import History
 from kvcompress.memory import MemoryReport, storage_bytes
 from kvcompress.reference import Scores, attend
-from kvcompress.spec import DEFAULT_SPEC, CacheSpec, LayerSpec
+from kvcompress.spec import DEFAULT_SPEC, CacheSpec
 
 logger = logging.getLogger(__name__)
 
 
 class Transaction:
-    """One forward pass through the layers: what each held before it, so that an error can undo the whole pass."""
+    """The latest forward pass through the layers: what each held before it, so that an error can undo the whole pass.
+
+    What is kept for it is small: pages never change, so it is references and the former recent tokens.
+    """
 
     def __init__(self) -> None:
         self._before: dict[int, tuple[Any, dict[str, Any]]] = {}
 
     def enter(self, index: int, layer: Any) -> None:
-        """Remember a layer; one that was entered already, or that precedes one that was, begins a new pass."""
-        if self._before and index <= max(self._before):
-            self._before = {}
+        """Remember a layer; one that was entered already, or that precedes one that was, begins a new pass.
+
+        The layer before it has been attended by now: if not by our attention, its chunk is still to be settled.
+        """
+        if self._before:
+            latest, _ = self._before[max(self._before)]
+            if isinstance(latest, CompressedLayer):
+                latest.settle()
+            if index <= max(self._before):
+                self._before = {}
         state = dict(vars(layer))
         if isinstance(layer, CompressedLayer):
             state["history"] = copy.copy(layer.history)
         self._before[index] = (layer, state)
 
     def close(self) -> None:
-        """The pass went well."""
+        """From here on the pass cannot be undone."""
         self._before = {}
 
     def undo(self) -> None:
@@ -67,7 +77,7 @@ class CompressedLayer(CacheLayerMixin):
 
     def __init__(self, config: PreTrainedConfig, spec: CacheSpec, index: int, count: int, counts: Counter[str]):
         super().__init__()
-        self.config, self.spec, self.index, self.is_last = config, spec, index, index == count - 1
+        self.config, self.spec, self.index = config, spec, index
         self.codecs = spec.layer(index, count)
         self.counts = counts
         self.transaction = Transaction()
@@ -105,20 +115,22 @@ class CompressedLayer(CacheLayerMixin):
     def attend(self, query: Tensor, mask: Tensor | None, scores: Scores) -> Tensor:
         """Attention over the history and the pending chunk, which then joins the history: [B, Q, H*G, D_v]."""
         try:
-            out = self._attend(query, mask, scores)
+            return self._attend(query, mask, scores)
         except Exception:
-            self.transaction.undo()
+            self.undo()
             raise
-        if self.is_last:
-            self.transaction.close()
-        return out
+
+    def undo(self) -> None:
+        """Undo the forward pass that is under way, in all layers."""
+        self.transaction.undo()
 
     def _attend(self, query: Tensor, mask: Tensor | None, scores: Scores) -> Tensor:
-        if self.pending is None or self.history is None:
-            raise RuntimeError("these handles were attended already; update() makes new ones for every call")
-        key, value = self.pending
         if mask is not None and mask.shape[-1] != self.get_seq_length():
             raise ValueError(f"the mask covers {mask.shape[-1]} tokens, the cache holds {self.get_seq_length()}")
+        if self.pending is None:  # a layer that shares the keys and values of an earlier one (Gemma 3n)
+            return attend(query, None, self.materialise(0), self.materialise(1), as_mask(mask, causal=True), scores)
+        assert self.history is not None
+        key, value = self.pending
         out = attend(query, self.history, key, value, as_mask(mask, causal=True), scores)
         self.counts["fused"] += 1
         self.settle(self._real_tokens(mask))
@@ -142,7 +154,7 @@ class CompressedLayer(CacheLayerMixin):
         return self.pending[side] if dense is None else torch.cat([dense, self.pending[side]], dim=2)
 
     def settle(self, real: list[int] | None = None) -> None:
-        """Let the pending chunk join the history; `real`: how many of its tokens, counted from the end, are no padding."""
+        """Let the pending chunk join the history; `real`: how many of its tokens, from the end, are no padding."""
         if self.history is None or self.pending is None:
             return
         key, value = self.pending
@@ -154,8 +166,9 @@ class CompressedLayer(CacheLayerMixin):
             self.history.code()
 
     def _real_tokens(self, mask: Tensor | None) -> list[int] | None:
-        """The chunk's tokens from each row's first that anybody may attend; only a row's first tokens can be padding."""
-        assert self.history is not None and self.pending is not None
+        """The chunk's tokens from each row's first that anybody may attend: only a row's first ones can be padding."""
+        assert self.history is not None
+        assert self.pending is not None
         rows, _, length, _ = self.pending[0].shape
         lengths = self.history.lengths or [0] * rows
         if mask is None or min(lengths) > 0:
@@ -265,7 +278,7 @@ class CompressedLayer(CacheLayerMixin):
         )
 
 
-class CompressedHybridLayer(LinearAttentionLayer, CompressedLayer):
+class CompressedHybridLayer(LinearAttentionLayer, CompressedLayer):  # type: ignore[misc, override]  # bases disagree
     """A layer with attention and linear attention in parallel (Falcon-H1): codes beside transformers' own states."""
 
     is_compileable = False
@@ -300,10 +313,10 @@ class CompressedHybridLayer(LinearAttentionLayer, CompressedLayer):
 class CompressedCache(Cache):
     """A cache for `model.generate(..., past_key_values=CompressedCache(model.config, "trellis3"))`.
 
-    config: the model's (its text part is taken); the same object, since it names the attention in use. spec: a CacheSpec
-    or its string. Full-attention layers hold codes; sliding, linear and dummy layers stay as transformers makes them.
-    Raises ValueError where the model has no full-attention layer, the spec names a layer beyond its layers, or (at the
-    first token, before anything is stored) a codec does not support its head sizes.
+    config: the model's (its text part is taken); the same object, since it names the attention in use. spec: a
+    CacheSpec or its string. Full-attention layers hold codes; sliding, linear and dummy layers stay as transformers
+    makes them. Raises ValueError where the model has no full-attention layer, the spec names a layer beyond its layers,
+    or (at the first token, before anything is stored) a codec does not support its head sizes.
     """
 
     def __init__(self, config: PreTrainedConfig, spec: CacheSpec | str = DEFAULT_SPEC):
@@ -331,21 +344,52 @@ class CompressedCache(Cache):
     ) -> tuple[Tensor, Tensor]:
         """See `CompressedLayer.update`. On an error every layer is as it was before this forward pass."""
         if layer_idx >= len(self.layers):
+            self._transaction.undo()
             raise ValueError(f"this cache was made for {len(self.layers)} layers, got layer {layer_idx}")
-        layer = self.layers[layer_idx]
+        layer: Any = self.layers[layer_idx]
         self._transaction.enter(layer_idx, layer)
         try:
-            result = layer.update(key_states, value_states, *args, **kwargs)
+            return layer.update(key_states, value_states, *args, **kwargs)
         except Exception:
             self._transaction.undo()
             raise
-        if layer_idx == len(self.layers) - 1 and not isinstance(result[0], KVHandle):
-            self._transaction.close()
-        return result
 
     def rollback(self) -> None:
-        """Undo a forward pass that an error outside the cache broke off (attention layers; linear states stay)."""
+        """Undo the latest forward pass, for instance one that an error outside the cache broke off.
+
+        Attention layers are as they were before it; linear-attention states, which change in place, are not.
+        """
         self._transaction.undo()
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Drop the last -tokens_to_remove tokens; raises ValueError, changing nothing, where that cannot be."""
+        held = self.get_seq_length()
+        if tokens_to_remove > 0:
+            raise ValueError(f"crop takes minus the number of tokens to remove, got {tokens_to_remove}")
+        if -tokens_to_remove > held:
+            raise ValueError(f"cannot remove {-tokens_to_remove} tokens from a cache of {held}")
+        self._transaction.close()
+        super().crop(tokens_to_remove)
+
+    def reset(self) -> None:
+        """Forget all tokens."""
+        self._transaction.close()
+        super().reset()
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        """Make row i what row beam_idx[i] was; pages are shared, not copied."""
+        self._transaction.close()
+        super().reorder_cache(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat every row `repeats` times; pages are shared, not copied."""
+        self._transaction.close()
+        super().batch_repeat_interleave(repeats)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep the rows `indices`; pages are shared, not copied."""
+        self._transaction.close()
+        super().batch_select_indices(indices)
 
     def memory(self) -> MemoryReport:
         """Measured bytes of all layers: codes with their overheads, exact parts, stock layers (counted as exact)."""

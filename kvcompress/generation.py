@@ -28,8 +28,11 @@ _STATE = "_kvcompress"  # a wrapped model's attribute
 
 @dataclass
 class _Wrapped:
+    """A wrapped model's settings, and the attention that it had before."""
+
     spec: CacheSpec
     prefill_chunk: int
+    attention: str
 
 
 @dataclass
@@ -47,32 +50,36 @@ def wrap(model: Model, spec: CacheSpec | str = DEFAULT_SPEC, prefill_chunk: int 
     """Make `model.generate` use a `CompressedCache`; returns the same model.
 
     A call that brings its own cache, or asks for one (`cache_implementation`, `use_cache=False`), is left as it is.
-    Prompts longer than `prefill_chunk` tokens are prefilled in chunks of that many. Wrapping again changes the settings.
-    The model's attention is switched to "kvcompress" (models that share its config object included, for which it computes
-    the same as before); a model that cannot be switched keeps its own and works on decoded copies.
+    Prompts longer than `prefill_chunk` tokens are prefilled in chunks of that many. Wrapping again changes the
+    settings. The model's attention is switched to "kvcompress" (models that share its config object included, for which
+    it computes the same as before); a model that cannot be switched keeps its own and works on decoded copies.
 
-    Raises TypeError for what is no generating model, ValueError for a bad spec, chunk or a model without full attention.
+    Raises TypeError for what is no generating model, ValueError for a bad spec or chunk or a model without full
+    attention.
     """
     if not isinstance(model, PreTrainedModel) or not isinstance(model, GenerationMixin):
         raise TypeError(f"wrap takes a transformers model that can generate, got {type(model).__name__}")
     if not isinstance(prefill_chunk, int) or prefill_chunk < 1:
         raise ValueError(f"prefill_chunk must be a positive number of tokens, got {prefill_chunk!r}")
-    settings = _Wrapped(CacheSpec.parse(spec), prefill_chunk)
-    CompressedCache(model.config, settings.spec)  # raises for what could not be cached
-    if _STATE not in vars(model):
-        _switch_attention(model)
-        model._prepare_cache_for_generation = types.MethodType(_prepare_cache, model)  # type: ignore[method-assign]
-        model._prefill = types.MethodType(_prefill, model)  # type: ignore[method-assign]
-    setattr(model, _STATE, settings)
+    spec = CacheSpec.parse(spec)
+    CompressedCache(model.config, spec)  # raises for what could not be cached
+    if _STATE in vars(model):
+        attention = getattr(model, _STATE).attention
+    else:
+        attention = _switch_attention(model)
+        model._prepare_cache_for_generation = types.MethodType(_prepare_cache, model)
+        model._prefill = types.MethodType(_prefill, model)
+    setattr(model, _STATE, _Wrapped(spec, prefill_chunk, attention))
     return model
 
 
 def unwrap(model: Model) -> Model:
     """Undo `wrap`; a model that is not wrapped is returned as it is."""
     if _STATE in vars(model):
+        attention = getattr(model, _STATE).attention
         for name in (_STATE, "_prepare_cache_for_generation", "_prefill"):
             delattr(model, name)
-        _switch_back(model)
+        _switch_back(model, attention)
     return model
 
 
@@ -80,29 +87,31 @@ def _text_config(model: PreTrainedModel) -> PreTrainedConfig:
     return model.config.get_text_config(decoder=True)
 
 
-def _switch_attention(model: PreTrainedModel) -> None:
-    """Name our attention in the model's config, unless a model that shares the config did."""
+def _switch_attention(model: PreTrainedModel) -> str:
+    """Name our attention in the model's config, unless a model that shares it did; returns what it named before."""
     config = _text_config(model)
     if id(config) not in _switches:
-        before = config._attn_implementation
+        before = config._attn_implementation or "eager"
         try:
             model.set_attn_implementation(NAME)
         except ValueError as error:
             logger.warning("%s keeps %r attention and works on decoded copies: %s", type(model).__name__, before, error)
-            return
-        _switches[id(config)] = _Switch(before or "eager", 0)
+            return before
+        _switches[id(config)] = _Switch(before, 0)
         weakref.finalize(config, _switches.pop, id(config), None)
-    _switches[id(config)].models += 1
+    switch = _switches[id(config)]
+    switch.models += 1
+    return switch.before
 
 
-def _switch_back(model: PreTrainedModel) -> None:
-    """Name the former attention again, once no model that shares the config is wrapped."""
+def _switch_back(model: PreTrainedModel, attention: str) -> None:
+    """Name the former attention again, once no model that shares the config is wrapped (a deep copy shares none)."""
     switch = _switches.get(id(_text_config(model)))
     if switch is not None:
         switch.models -= 1
-        if not switch.models:
-            del _switches[id(_text_config(model))]
-            model.set_attn_implementation(switch.before)
+    if switch is None or not switch.models:
+        _switches.pop(id(_text_config(model)), None)
+        model.set_attn_implementation(attention)
 
 
 def _prepare_cache(model: Any, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
@@ -118,7 +127,9 @@ def _prepare_cache(model: Any, generation_config: Any, model_kwargs: dict[str, A
     return result
 
 
-def _prefill(model: Any, input_ids: Any, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+def _prefill(
+    model: Any, input_ids: Any, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+) -> Any:
     """transformers' own prefill, told to go in chunks where the prompt is long, with a progress bar where very long."""
     cache = model_kwargs.get("past_key_values")
     chunk = getattr(model, _STATE).prefill_chunk

@@ -1,9 +1,9 @@
 """One layer's cached tokens: in each row, `sinks | coded pages | recent`.
 
-A row's first `sinks` real tokens and its latest ones stay exact. Whenever `window + PAGE` exact tokens have gathered after
-the coded ones, and the codecs' `fit_tokens` have been seen, the oldest PAGE of them become a page. The rule looks at one row
-only, so a token's codes depend neither on how the prompt was cut into chunks nor on the other rows. Left padding is not
-stored.
+A row's first `sinks` real tokens and its latest ones stay exact. Whenever `window + PAGE` exact tokens have gathered
+after the coded ones, and the codecs' `fit_tokens` have been seen, the oldest PAGE of them become a page. The rule looks
+at one row only, so a token's codes depend neither on how the prompt was cut into chunks nor on the other rows. Left
+padding is not stored.
 
 Nothing is changed in place but the pool's free pages, so a shallow copy of a `History` is a snapshot of it.
 """
@@ -73,7 +73,7 @@ class History:
         return [n - min(n, self.sinks) - c for n, c in zip(self.lengths, self.coded, strict=True)]
 
     def append(self, key: Tensor, value: Tensor, real: list[int]) -> None:
-        """Add a chunk [B, H, Q, D] of which the last `real[row]` tokens are no padding; `code` then codes what is due."""
+        """Add a chunk [B, H, Q, D] whose last `real[row]` tokens are no padding; `code` then codes what is due."""
         rows, length = key.shape[0], key.shape[2]
         if not self.lengths:
             self.lengths, self.pads, self.fit_of = [0] * rows, [0] * rows, [-1] * rows
@@ -150,7 +150,8 @@ class History:
     def row_fit(self, side: int) -> Fit:
         """What was learned of one side (0: keys, 1: values), each [B, H, ...].
 
-        A row without codes gets another row's, which it has no use for; where no row has codes the result means nothing.
+        A row without codes gets another row's, which it has no use for; where no row has codes the result means
+        nothing.
         """
         owners = [max(place, 0) for place in self.fit_of]
         fit = self.fits[side]
@@ -171,7 +172,7 @@ class History:
             positions = (start_of_page[:, first : first + pages].unsqueeze(2) + slots).flatten(1).to(device)
             full = bool((fill == PAGE).all())
             valid = None if full else (slots < fill.unsqueeze(2)).flatten(1).to(device)
-            yield Block(*(self._decode(coded, side, len(ids)) for side in (0, 1)), positions, valid)
+            yield Block(self._decode(coded, 0, len(ids)), self._decode(coded, 1, len(ids)), positions, valid)
 
     def _decode(self, coded: Coded, side: int, rows: int) -> Tensor:
         prefix = f"{SIDES[side]}."
@@ -193,8 +194,8 @@ class History:
         for block in self.blocks(ENCODE_PAGES):
             tokens = self.codecs[side].restore((block.key, block.value)[side], fit).to(recent.dtype)
             valid = torch.ones_like(block.positions, dtype=torch.bool) if block.valid is None else block.valid
-            row, token = valid.nonzero(as_tuple=True)
-            result[row, :, (block.positions + pads)[row, token]] = tokens[row, :, token]
+            rows, places = valid.nonzero(as_tuple=True)
+            result[rows, :, (block.positions + pads)[rows, places]] = tokens[rows, :, places]
         return result
 
     def crop(self, tokens: int) -> None:

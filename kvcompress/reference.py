@@ -80,9 +80,7 @@ class Partial:
         return self.sum / self.total.masked_fill(self.total == 0, 1.0), self.top + self.total.log()
 
 
-def attend(
-    query: Tensor, history: History | None, key: Tensor, value: Tensor, mask: Mask, scores: Scores
-) -> Tensor:
+def attend(query: Tensor, history: History | None, key: Tensor, value: Tensor, mask: Mask, scores: Scores) -> Tensor:
     """Attention of a chunk's queries [B, H*G, Q, D] over the history and the chunk's own exact key, value [B, H, T, D].
 
     Returns [B, Q, H*G, D_v] in the query's dtype. Queries are worked on in tiles that keep the scores within WORKSPACE.
@@ -115,7 +113,7 @@ def _attend_tile(
 
 
 def merge(results: list[tuple[Tensor, Tensor]], sinks: Tensor | None = None) -> Tensor:
-    """One weighted mean from partial ones (means [.., width], log-sum-exps [.., 1]) and sink logits, which weigh nothing."""
+    """One weighted mean of partial ones (mean [.., width], log-sum-exp [.., 1]) and sink logits, whose mean is zero."""
     logs = [log for _, log in results] + ([] if sinks is None else [sinks])
     total = torch.logsumexp(torch.cat(logs, dim=-1), dim=-1, keepdim=True)
     total = total.masked_fill(total == -torch.inf, 0.0)

@@ -15,7 +15,7 @@ import json
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Union
+from typing import TYPE_CHECKING, Any
 
 from kvcompress.registry import Registry
 
@@ -87,7 +87,7 @@ class LayerSpec:
         return f"key={self.key},value={self.value}"
 
 
-LayerLike = Union[LayerSpec, CodecSpec, str]
+LayerLike = LayerSpec | CodecSpec | str
 
 
 def _as_codec(value: CodecSpec | str, what: str) -> CodecSpec:
@@ -142,7 +142,7 @@ class CacheSpec:
 
     @classmethod
     def parse(cls, spec: CacheSpec | str) -> CacheSpec:
-        """A spec from its string (a CacheSpec is returned as it is); raises ValueError saying what would be accepted."""
+        """A spec from its string (a CacheSpec is returned as it is); raises ValueError that says what is accepted."""
         if isinstance(spec, CacheSpec):
             return spec
         if not isinstance(spec, str):
@@ -154,16 +154,20 @@ class CacheSpec:
             if not equals and position == 0:
                 both = LayerSpec.parse(part)
                 result = replace(result, key=both.key, value=both.value)
-            elif equals and name in ("key", "value"):
-                result = replace(result, **{name: CodecSpec.parse(value)})
-            elif equals and name in ("sinks", "window"):
-                result = replace(result, **{name: _tokens(name, value)})
+            elif equals and name == "key":
+                result = replace(result, key=CodecSpec.parse(value))
+            elif equals and name == "value":
+                result = replace(result, value=CodecSpec.parse(value))
+            elif equals and name == "sinks":
+                result = replace(result, sinks=_tokens(name, value))
+            elif equals and name == "window":
+                result = replace(result, window=_tokens(name, value))
             elif equals and layer:
                 layers[int(layer[1])] = LayerSpec.parse(value)
             else:
                 raise ValueError(
-                    f"cannot read {part.strip()!r} in the spec {spec!r}: expected a codec (trellis3, trellis:k4v2), then "
-                    "settings key=CODEC, value=CODEC, sinks=TOKENS, window=TOKENS, layerINDEX=CODEC"
+                    f"cannot read {part.strip()!r} in the spec {spec!r}: expected a codec (trellis3, trellis:k4v2), "
+                    "then settings key=CODEC, value=CODEC, sinks=TOKENS, window=TOKENS, layerINDEX=CODEC"
                 )
         return replace(result, layers=layers)
 

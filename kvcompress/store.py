@@ -1,9 +1,9 @@
 """Paged storage of codes: immutable pages in slabs, and the tables that say which pages make up a row.
 
-A page holds PAGE tokens of one layer: the keys' and the values' coded parts of all KV heads. It is written once and never
-changed, so rows share pages freely (beams, common prefixes): reordering a batch moves table rows, not bytes. Every write
-allocates a slab of just the pages it needs, so growth copies nothing; pages that no row names any longer are found when
-the next ones are written, and used again.
+A page holds PAGE tokens of one layer: the keys' and the values' coded parts of all KV heads. It is written once and
+never changed, so rows share pages freely (beams, common prefixes): reordering a batch moves table rows, not bytes.
+Every write allocates a slab of just the pages it needs, so growth copies nothing; pages that no row names any longer
+are found when the next ones are written, and used again.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ def _take(part: Tensor, slots: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class PageTable:
-    """Which pages make up each row, in order: ids and the number of valid tokens, int32 [B, pages] on the CPU; -1: none."""
+    """Which pages make up each row, in order: ids (-1: none), counts of valid tokens, int32 [B, pages] on the CPU."""
 
     ids: Tensor
     fill: Tensor

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 from torch import Tensor
 from transformers import (
     DynamicCache,
@@ -276,6 +277,16 @@ def test_what_is_missing_or_fails_is_said_with_its_reason(
         "broken: failed: RuntimeError: no such kernel",
         "absent: not installed: absent is not installed",
     ]
+
+
+def test_a_wide_table_is_cut_to_the_width_and_loses_no_column() -> None:
+    rows = [results.Result("QuantizedCache quanto4", "transformers", None, bytes=123_456_789, kl_mean=1e-3)]
+    for width in (60, 80, 200):
+        tables = results.rich_tables(rows, "title", width)
+        headings = [column.header for table in tables for column in table.columns if column.header != "cache"]
+        assert headings == [heading for heading, _, _ in results.COLUMNS]
+        console = Console(width=width)
+        assert all(console.measure(table).minimum <= width for table in tables)
 
 
 def test_settings_shrink_to_what_the_text_holds(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:

@@ -67,14 +67,14 @@ def test_bad_types():
      '{"version": 1, "colour": "red"}'],
 )  # fmt: skip
 def test_bad_json(text):
-    with pytest.raises(ValueError, match="version|unknown fields|not a CacheSpec"):
+    with pytest.raises(ValueError, match=r"version|unknown fields|not a CacheSpec"):
         CacheSpec.from_json(text)
 
 
 def test_layers_take_their_own_codecs():
     spec = CacheSpec.parse("trellis3,layer0=exact,layer-1=trellis:k4v2")
     assert [str(spec.layer(i, 4)) for i in range(4)] == ["exact", "trellis3", "trellis3", "trellis:k4v2"]
-    with pytest.raises(ValueError, match="names layer 0, but the model has 0|names layer -1, but the model has 0"):
+    with pytest.raises(ValueError, match=r"names layer 0, but the model has 0|names layer -1, but the model has 0"):
         spec.layer(0, 0)
     with pytest.raises(ValueError, match="mixes codec families"):
         str(CacheSpec(layers={0: LayerSpec(CodecSpec("exact"), CodecSpec("fp8"))}))

@@ -79,7 +79,9 @@ class Mixture:
     they are few, those of a random run weigh nothing until it is repeated.
     """
 
-    def __init__(self, tokenizer: Tokenizer, prose: np.ndarray, code: np.ndarray, seed: int, answer_weight: float = 4.0):
+    def __init__(
+        self, tokenizer: Tokenizer, prose: np.ndarray, code: np.ndarray, seed: int, answer_weight: float = 4.0
+    ):
         self.tokenizer, self.prose, self.code = tokenizer, prose, code
         self.rng = random.Random(seed)
         self.answer_weight = answer_weight

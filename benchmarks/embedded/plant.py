@@ -1,12 +1,14 @@
 """Write a previous-token head into a Llama, so that it learns to look back within minutes of training.
 
-Models recall from their context by composing two attention heads (Olsson et al., 2022, "In-context learning and induction
-heads"): one copies each position's previous token beside it, a later one looks for the place whose previous token is the
-current one and copies what stands there. A small model needs very many tokens to find the first one, which is of no use
-without the second; given the first, gradient descent finds the second by itself.
+Models recall from their context by composing two attention heads (Olsson et al., 2022, "In-context learning and
+induction heads"): one copies each position's previous token beside it, a later one looks for the place whose previous
+token is the current one and copies what stands there. A small model needs very many tokens to find the first one, which
+is of no use without the second; given the first, gradient descent finds the second by itself.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,9 +29,10 @@ def plant_previous_token_head(model: LlamaForCausalLM, generator: torch.Generato
     """Overwrite the last KV head of the first layer, and its query heads.
 
     Keys and queries read what all embeddings have in common, and so hold a constant each; turned by one position
-    against each other, RoPE makes their product largest for the token before. Values copy the token into fresh directions.
+    against each other, RoPE makes their product largest for the token before. Values copy the token into fresh
+    directions.
     """
-    config = model.config
+    config: Any = model.config  # its sizes are optional to the type checker, but a built model has them all
     width, hidden = config.head_dim, config.hidden_size
     groups = config.num_attention_heads // config.num_key_value_heads
     head = slice((config.num_key_value_heads - 1) * width, None)
@@ -38,7 +41,8 @@ def plant_previous_token_head(model: LlamaForCausalLM, generator: torch.Generato
 
     embedding, layer = model.model.embed_tokens.weight, model.model.layers[0]
     rows = embedding / embedding.square().mean(dim=1, keepdim=True).sqrt()
-    read = torch.linalg.lstsq(rows, torch.ones(len(rows), 1)).solution.squeeze(1)  # read . row is about 1 for all tokens
+    # read . row is about 1 for all tokens
+    read = torch.linalg.lstsq(rows, torch.ones(len(rows), 1)).solution.squeeze(1)
     read = read / layer.input_layernorm.weight
     strength = (SHARP * width**0.5 / (1 - torch.cos(angles)).sum()).sqrt()
     key, query = torch.zeros(width), torch.zeros(width)

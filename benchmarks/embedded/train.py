@@ -53,7 +53,8 @@ PHASES = (
     Phase(steps=250, rows=32, context=256, shares=Shares(recall=0.35, code=0.10, repeat=0.25, spacing=28)),
     Phase(steps=200, rows=32, context=256, shares=Shares(recall=0.40, code=0.10, repeat=0.25, spacing=28), plant=True),
     Phase(steps=120, rows=8, context=1024, shares=Shares(recall=0.40, code=0.15, repeat=0.10, spacing=40)),
-    Phase(steps=100, rows=1, context=4608, shares=Shares(recall=0.45, code=0.15, repeat=0.0, spacing=64)),
+    Phase(steps=60, rows=4, context=2048, shares=Shares(recall=0.45, code=0.15, repeat=0.05, spacing=48)),
+    Phase(steps=120, rows=1, context=4608, shares=Shares(recall=0.45, code=0.15, repeat=0.0, spacing=64)),
 )
 
 
@@ -155,7 +156,7 @@ def train(
     tokenizer, prose, code = prepare(books, work)
     torch.manual_seed(SEED)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = LlamaForCausalLM(geometry()).to(device)
+    model = LlamaForCausalLM(geometry()).to(device)  # type: ignore[arg-type]  # its wrapper's type forgets self
     matrices = [p for n, p in model.named_parameters() if p.ndim == 2 and "embed" not in n]
     others = [p for n, p in model.named_parameters() if p.ndim != 2 or "embed" in n]
     muon = Muon(matrices, lr=MUON_RATE)
@@ -169,15 +170,13 @@ def train(
         adam.load_state_dict(saved["adam"])
         done = saved["step"]
     start, begun = done, time.monotonic()
-    for step, (phase, within) in enumerate((phase, i) for phase in PHASES for i in range(phase.steps)):
+    for step, (phase, within) in enumerate((p, i) for p in PHASES for i in range(p.steps)):
         if step < start:
             continue
         if phase.plant and within == 0:
             plant_previous_token_head(model, torch.Generator().manual_seed(SEED))
         mixture = Mixture(tokenizer, prose, code, seed=SEED + step)
-        ids, weights = (
-            torch.from_numpy(a).to(device) for a in mixture.batch(phase.rows, phase.context, phase.shares)
-        )
+        ids, weights = (torch.from_numpy(a).to(device) for a in mixture.batch(phase.rows, phase.context, phase.shares))
         loss = loss_of(model, ids, weights)
         loss.backward()
         nn.utils.clip_grad_norm_(others, 1.0)

@@ -6,8 +6,9 @@ the codes stand for) attention absorbs them into the query and the output::
     q . k         = (q W) . y + q . mu
     sum_t p_t v_t = W (sum_t p_t z_t) + nu          for weights that sum to one
 
-A `Codec` is assembled by a family's factory (one file each, registered in `CODECS` by name) from a `Transform`, which may
-be fitted to a row's first tokens, and `Band`s: runs of transformed dimensions with a `Quantiser` each, or none (dropped).
+A `Codec` is assembled by a family's factory (one file each, registered in `CODECS` by name) from a `Transform`, which
+may be fitted to a row's first tokens, and `Band`s: runs of transformed dimensions with a `Quantiser` each, or none
+(dropped).
 """
 
 from __future__ import annotations
@@ -117,7 +118,7 @@ class Codec:
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
 
     def absorb(self, query: Tensor, fit: Fit) -> tuple[Tensor, Tensor | None]:
-        """Query [rows, H, n, D] to ([rows, H, n, rank], the constant [rows, H, n, 1] that the mean adds to its scores)."""
+        """Query [rows, H, n, D] to ([rows, H, n, rank], the constant [rows, H, n, 1] that the mean adds to scores)."""
         synthesis = self.transform.synthesis(fit, query.device)
         bias = query @ fit["mean"].unsqueeze(-1) if self.centred else None
         return (query if synthesis is None else query @ synthesis), bias

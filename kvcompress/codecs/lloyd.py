@@ -1,7 +1,7 @@
 """`lloyd1`..`lloyd8`: Hadamard rotation and the Lloyd-Max quantiser of the Gaussian (TurboQuant, arXiv 2504.19874).
 
-A rotated vector's coordinates are close to Gaussian, so one codebook, optimal for that distribution, serves all of them.
-Centred, with a least-squares gain a vector in 16 bits.
+A rotated vector's coordinates are close to Gaussian, so one codebook, optimal for that distribution, serves all of
+them. Centred, with a least-squares gain a vector in 16 bits.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from torch import Tensor
 
 from kvcompress import packing
 from kvcompress.codecs import Band, Codec, Coded, register
+from kvcompress.codecs.lookup import look_up
 from kvcompress.codecs.scale import GAIN_BITS, best_gain, normalise
 from kvcompress.codecs.transforms import Hadamard
 from kvcompress.spec import CodecSpec
-
 
 ITERATIONS = 1000  # 8 bits then lie within 0.1% of the distortion after twenty times as many
 
@@ -54,12 +54,12 @@ class LloydMax:
     def encode(self, y: Tensor) -> Coded:
         levels, borders = codebook(self.bits, y.device)
         codes = torch.bucketize(normalise(y), borders)
-        return {"codes": packing.pack(codes, self.bits), "gain": best_gain(y, levels[codes])}
+        return {"codes": packing.pack(codes, self.bits), "gain": best_gain(y, look_up(levels, codes))}
 
     def decode(self, coded: Coded, width: int) -> Tensor:
         levels, _ = codebook(self.bits, coded["codes"].device)
         codes = packing.unpack(coded["codes"], self.bits, width)
-        return levels[codes.int()] * coded["gain"].float().unsqueeze(-1)
+        return look_up(levels, codes) * coded["gain"].float().unsqueeze(-1)
 
     def vector_bits(self, width: int, dtype: torch.dtype) -> float:
         return self.bits * width + GAIN_BITS

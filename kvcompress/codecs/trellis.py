@@ -5,9 +5,9 @@ stream up to and including its own, cut into three 3-bit fields, newest first, e
 
     x_t = gain step (A[f0] + B[f1] + C[f2] - offset)             (3 bits: f0, f1, f2 = c_t, c_(t-1), c_(t-2))
 
-so neighbours share bits and the encoder picks the best of all streams (trellis-coded quantisation; QTIP, arXiv 2406.11235,
-uses free tables for weights). Decoding needs no recursion and three 8-entry table look-ups. The stream bites its tail:
-the elements before the first are the last ones, so no start state is stored.
+so neighbours share bits and the encoder picks the best of all streams (trellis-coded quantisation; QTIP, arXiv
+2406.11235, uses free tables for weights). Decoding needs no recursion and three 8-entry table look-ups. The stream
+bites its tail: the elements before the first are the last ones, so no start state is stored.
 
 The encoder is Viterbi's algorithm in integers: exact, and the same on every device and for every batch size. The tables
 are those of `trellis_tables.json`, found by `python -m benchmarks.trellis_search`.
@@ -25,6 +25,7 @@ from torch import Tensor
 
 from kvcompress import packing
 from kvcompress.codecs import Band, Codec, Coded, register
+from kvcompress.codecs.lookup import look_up
 from kvcompress.codecs.scale import GAIN_BITS, best_gain, normalise
 from kvcompress.codecs.transforms import Hadamard
 from kvcompress.spec import CodecSpec
@@ -46,7 +47,7 @@ class Table:
 
 
 def additive_sums(tables: Tensor) -> Tensor:
-    """[512]: A[w & 7] + B[w >> 3 & 7] + C[w >> 6] over windows w, from tables [3, 8]; the newest bits are the lowest."""
+    """[512]: A[w & 7] + B[w >> 3 & 7] + C[w >> 6] over windows w, from tables [3, 8]; the newest bits are lowest."""
     a, b, c = tables
     return (c.view(8, 1, 1) + b.view(1, 8, 1) + a.view(1, 1, 8)).flatten()
 
@@ -60,11 +61,13 @@ def shipped_table(bits: int, device: torch.device) -> Table:
 
 
 def windows(codes: Tensor, bits: int) -> Tensor:
-    """The nine-bit window of every element of circular streams: codes [..., n] to int32 [..., n]."""
-    codes = codes.int()
+    """The nine-bit window of every element of circular streams: codes [..., n], n >= 8, to int16 [..., n]."""
+    past = -(-MEMORY // bits) - 1
+    codes, length = codes.to(torch.int16), codes.shape[-1]
+    stream = torch.cat([codes[..., length - past :], codes], dim=-1)
     window = codes.clone()
-    for back in range(1, -(-MEMORY // bits)):
-        window |= codes.roll(back, dims=-1) << (bits * back)
+    for back in range(1, past + 1):
+        window |= stream[..., past - back : past - back + length] << (bits * back)
     return window & (2**MEMORY - 1)
 
 
@@ -132,12 +135,12 @@ class Trellis:
     def encode(self, y: Tensor) -> Coded:
         table = shipped_table(self.bits, y.device)
         codes = encode(normalise(y).flatten(0, -2), table.levels, table.step, self.bits).view(y.shape)
-        shape = table.values[windows(codes, self.bits)]
+        shape = look_up(table.values, windows(codes, self.bits))
         return {"codes": packing.pack(codes, self.bits), "gain": best_gain(y, shape)}
 
     def decode(self, coded: Coded, width: int) -> Tensor:
         codes = packing.unpack(coded["codes"], self.bits, width)
-        values = shipped_table(self.bits, codes.device).values[windows(codes, self.bits)]
+        values = look_up(shipped_table(self.bits, codes.device).values, windows(codes, self.bits))
         return values * coded["gain"].float().unsqueeze(-1)
 
     def vector_bits(self, width: int, dtype: torch.dtype) -> float:
