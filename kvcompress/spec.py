@@ -26,6 +26,9 @@ if TYPE_CHECKING:
 #: bit counts that it takes, an empty tuple where the family has no such choice. `kvcompress.codecs` fills it.
 CODECS: Registry[Callable[[CodecSpec, int], Codec]] = Registry("codec", group="kvcompress.codecs")
 
+#: The codecs of a spec that names none: what measures best at about 3 bits (python -m benchmarks quick).
+DEFAULT_SPEC = "trellis3"
+
 JSON_VERSION = 1
 
 
@@ -114,8 +117,8 @@ class CacheSpec:
     layers: layer index to its own codecs (LayerSpec, CodecSpec or string); negative indices count from the end.
     """
 
-    key: CodecSpec = field(default_factory=lambda: CodecSpec("trellis", 3))
-    value: CodecSpec = field(default_factory=lambda: CodecSpec("trellis", 3))
+    key: CodecSpec = field(default_factory=lambda: LayerSpec.parse(DEFAULT_SPEC).key)
+    value: CodecSpec = field(default_factory=lambda: LayerSpec.parse(DEFAULT_SPEC).value)
     sinks: int = 4
     window: int = 128
     layers: Mapping[int, LayerLike] = field(default_factory=dict, hash=False)
@@ -223,15 +226,3 @@ def _tokens(name: str, text: str) -> int:
         return int(text)
     except ValueError:
         raise ValueError(f"{name} must be a number of tokens, got {text!r}") from None
-
-
-if TYPE_CHECKING:
-    #: What measures best at about 3 bits (python -m benchmarks quick).
-    DEFAULT_SPEC: CacheSpec
-else:
-
-    def __getattr__(name: str) -> CacheSpec:
-        """DEFAULT_SPEC, made when asked for: a spec checks its codecs' names, and they register after this module."""
-        if name == "DEFAULT_SPEC":
-            return CacheSpec()
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -92,7 +93,7 @@ class PageTable:
     def empty(cls, rows: int) -> PageTable:
         return cls(torch.empty(rows, 0, dtype=torch.int32), torch.empty(rows, 0, dtype=torch.int32))
 
-    @property
+    @cached_property
     def tokens(self) -> list[int]:
         """Coded tokens of each row."""
         return self.fill.sum(dim=1).tolist()

@@ -63,13 +63,15 @@ def train_tokenizer(texts: list[str]) -> Tokenizer:
 class Shares:
     """Of all sequences: how many carry facts, are Python source, or repeat a random run of tokens; the rest is prose.
 
-    spacing: tokens of document that each fact has at least.
+    spacing: tokens of document that each fact has at least. amid_code: the share of recall documents whose facts stand
+    in Python source, not in prose.
     """
 
     recall: float
     code: float
     repeat: float
     spacing: int
+    amid_code: float = 0.0
 
 
 class Mixture:
@@ -94,7 +96,7 @@ class Mixture:
     def _sequence(self, length: int, shares: Shares) -> tuple[np.ndarray, np.ndarray]:
         draw = self.rng.random()
         if draw < shares.recall:
-            return self._recall_document(length, shares.spacing)
+            return self._recall_document(length, shares)
         if draw < shares.recall + shares.repeat:
             return self._repetition(length)
         ids = self._window(self.code if draw < shares.recall + shares.repeat + shares.code else self.prose, length - 1)
@@ -116,16 +118,17 @@ class Mixture:
     def _encode(self, text: str) -> list[int]:
         return self.tokenizer.encode(text, add_special_tokens=False).ids
 
-    def _recall_document(self, length: int, spacing: int) -> tuple[np.ndarray, np.ndarray]:
-        """Facts at random places of the first part of a book window, each asked for once in the rest."""
-        facts = draw_facts(self.rng, min(self.rng.randint(2, max(2, length // spacing)), 48))
+    def _recall_document(self, length: int, shares: Shares) -> tuple[np.ndarray, np.ndarray]:
+        """Facts at random places of the first part of a window, each asked for once in the rest."""
+        stream = self.code if shares.amid_code and self.rng.random() < shares.amid_code else self.prose
+        facts = draw_facts(self.rng, min(self.rng.randint(2, max(2, length // shares.spacing)), 48))
         statements = [(self._encode(f.statement), 0) for f in facts]
         questions = []
         for fact in self.rng.sample(facts, len(facts)):
             answer = self._encode(fact.answer)
             questions.append((self._encode(fact.question) + answer + self._encode(".\n"), len(answer)))
         used = 1 + sum(len(ids) for ids, _ in statements + questions)
-        filler = self._window(self.prose, max(length - used, 1))
+        filler = self._window(stream, max(length - used, 1))
         border = int(len(filler) * self.rng.uniform(0.3, 0.95))
         ids, weights = [self.end], [1.0]
         for part, items in ((filler[:border], statements), (filler[border:], questions)):

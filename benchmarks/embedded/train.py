@@ -53,8 +53,12 @@ PHASES = (
     Phase(steps=250, rows=32, context=256, shares=Shares(recall=0.35, code=0.10, repeat=0.25, spacing=28)),
     Phase(steps=200, rows=32, context=256, shares=Shares(recall=0.40, code=0.10, repeat=0.25, spacing=28), plant=True),
     Phase(steps=120, rows=8, context=1024, shares=Shares(recall=0.40, code=0.15, repeat=0.10, spacing=40)),
-    Phase(steps=60, rows=4, context=2048, shares=Shares(recall=0.45, code=0.15, repeat=0.05, spacing=48)),
-    Phase(steps=120, rows=1, context=4608, shares=Shares(recall=0.45, code=0.15, repeat=0.0, spacing=64)),
+    Phase(
+        steps=60, rows=4, context=2048, shares=Shares(recall=0.45, code=0.15, repeat=0.05, spacing=48, amid_code=0.35)
+    ),
+    Phase(
+        steps=120, rows=1, context=4608, shares=Shares(recall=0.45, code=0.15, repeat=0.0, spacing=64, amid_code=0.35)
+    ),
 )
 
 
