@@ -28,6 +28,9 @@ class HandleOwner(Protocol):
 
     def undo(self) -> None: ...
 
+    @property
+    def layer_count(self) -> int: ...
+
 
 class KVHandle(torch.Tensor):
     """Stands for a layer's keys (side 0) or values (1), [B, H, columns, D]; any tensor operation materialises it."""
@@ -81,6 +84,9 @@ def mask_function(
         kwargs["allow_is_causal_skip"] = kwargs.get("allow_is_causal_skip", True) and not ends_apart
         kwargs |= {"mask_function": mask_function, "attention_mask": attention_mask}
         return sdpa_mask(batch_size, q_length, kv_length, **kwargs)
+    if not kwargs.get("allow_is_causal_skip", True):  # the model goes on to work on the mask
+        kwargs |= {"mask_function": mask_function, "attention_mask": attention_mask}
+        return sdpa_mask(batch_size, q_length, kv_length, **kwargs)
     if attention_mask is None:
         return None
     real = attention_mask.bool()
@@ -112,6 +118,10 @@ def attention_forward(
     scores = Scores(query.shape[-1] ** -0.5 if scaling is None else scaling, softcap, s_aux)
     owner = _owner_of(key, value)
     if owner is not None:
+        layers = getattr(getattr(module, "config", None), "num_hidden_layers", owner.layer_count)
+        if layers != owner.layer_count:
+            owner.undo()
+            raise ValueError(f"this cache was made for {owner.layer_count} layers, the model has {layers}")
         return owner.attend(query, attention_mask, scores), None
     key, value = _materialised(key), _materialised(value)
     causal = getattr(module, "is_causal", True) and query.shape[2] > 1

@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import logging
 from collections import Counter
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -27,14 +28,15 @@ from kvcompress.history import History
 from kvcompress.memory import MemoryReport, storage_bytes
 from kvcompress.reference import Scores, attend
 from kvcompress.spec import DEFAULT_SPEC, CacheSpec
+from kvcompress.store import PAGE
 
 logger = logging.getLogger(__name__)
 
 
 class Transaction:
-    """The latest forward pass through the layers: what each held before it, so that an error can undo the whole pass.
+    """A forward pass through the layers: what each held before it, so that an error can undo the whole pass.
 
-    What is kept for it is small: pages never change, so it is references and the former recent tokens.
+    Pages never change, so a snapshot is references, the former recent tokens, and what stock sliding layers held.
     """
 
     def __init__(self) -> None:
@@ -77,7 +79,7 @@ class CompressedLayer(CacheLayerMixin):
 
     def __init__(self, config: PreTrainedConfig, spec: CacheSpec, index: int, count: int, counts: Counter[str]):
         super().__init__()
-        self.config, self.spec, self.index = config, spec, index
+        self.config, self.spec, self.index, self.layer_count = config, spec, index, count
         self.codecs = spec.layer(index, count)
         self.counts = counts
         self.transaction = Transaction()
@@ -115,10 +117,13 @@ class CompressedLayer(CacheLayerMixin):
     def attend(self, query: Tensor, mask: Tensor | None, scores: Scores) -> Tensor:
         """Attention over the history and the pending chunk, which then joins the history: [B, Q, H*G, D_v]."""
         try:
-            return self._attend(query, mask, scores)
+            out = self._attend(query, mask, scores)
         except Exception:
             self.undo()
             raise
+        if self.index == self.layer_count - 1:
+            self.transaction.close()
+        return out
 
     def undo(self) -> None:
         """Undo the forward pass that is under way, in all layers."""
@@ -142,8 +147,8 @@ class CompressedLayer(CacheLayerMixin):
         self.counts["materialised"] += 1
         if self.counts["materialised"] == 1:
             logger.warning(
-                "a layer's keys or values are being decoded as a whole, since %r attention does not read codes; "
-                "model.set_attn_implementation(%r) avoids it (cache.stats() counts)",
+                "a layer's keys or values are being decoded as a whole: the attention is %r, or the model does more "
+                "with them than attend; %r attention reads codes (cache.stats() counts)",
                 self.config._attn_implementation,
                 NAME,
             )
@@ -158,12 +163,9 @@ class CompressedLayer(CacheLayerMixin):
         if self.history is None or self.pending is None:
             return
         key, value = self.pending
-        if self.record_past:  # what the last pass added may have been cropped by now; the rest can be coded
-            self.history.code()
-        self.history.append(key, value, real or [key.shape[2]] * len(key))
+        self.history.append(key.detach(), value.detach(), real or [key.shape[2]] * len(key))
         self.pending = None
-        if not self.record_past:
-            self.history.code()
+        self.history.code(spare=PAGE if self.record_past else 0)
 
     def _real_tokens(self, mask: Tensor | None) -> list[int] | None:
         """The chunk's tokens from each row's first that anybody may attend: only a row's first ones can be padding."""
@@ -181,6 +183,8 @@ class CompressedLayer(CacheLayerMixin):
 
     def _check(self, key: Tensor, value: Tensor) -> None:
         assert self.history is not None
+        if key.shape[:3] != value.shape[:3]:
+            raise ValueError(f"keys {tuple(key.shape)} and values {tuple(value.shape)} are not of the same tokens")
         if self.history.lengths:
             for side, (held, new) in enumerate(zip(self.history.recent, (key, value), strict=True)):
                 wanted = (len(self.history.lengths), held.shape[1], new.shape[2], held.shape[3])
@@ -213,7 +217,7 @@ class CompressedLayer(CacheLayerMixin):
         return len(self.history.lengths) if self.history is not None and self.history.lengths else -1
 
     def activate_past_recording(self) -> None:
-        """From now on tokens are coded one pass late, so that those that `crop` takes back never were."""
+        """From now on PAGE tokens more stay exact until `crop`, so that what it takes back was not coded before."""
         self.record_past = True
 
     def crop(self, tokens_to_remove: int) -> None:
@@ -226,9 +230,7 @@ class CompressedLayer(CacheLayerMixin):
             self.history.code()
 
     def reset(self) -> None:
-        self.pending = None
-        if self.history is not None:
-            self.history.clear()
+        self.pending, self.history, self.is_initialized = None, None, False
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         self.batch_select_indices(beam_idx)
@@ -342,57 +344,70 @@ class CompressedCache(Cache):
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        """See `CompressedLayer.update`. On an error every layer is as it was before this forward pass."""
+        """See `CompressedLayer.update`. On an error every attention layer is as it was before this forward pass."""
         if layer_idx >= len(self.layers):
             self._transaction.undo()
             raise ValueError(f"this cache was made for {len(self.layers)} layers, got layer {layer_idx}")
         layer: Any = self.layers[layer_idx]
         self._transaction.enter(layer_idx, layer)
         try:
-            return layer.update(key_states, value_states, *args, **kwargs)
+            result: tuple[Tensor, Tensor] = layer.update(key_states, value_states, *args, **kwargs)
         except Exception:
             self._transaction.undo()
             raise
+        if layer_idx == len(self.layers) - 1 and not isinstance(layer, CompressedLayer):
+            self._transaction.close()
+        return result
 
     def rollback(self) -> None:
-        """Undo the latest forward pass, for instance one that an error outside the cache broke off.
+        """Undo a forward pass that an error outside the cache broke off.
 
         Attention layers are as they were before it; linear-attention states, which change in place, are not.
         """
         self._transaction.undo()
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Drop the last -tokens_to_remove tokens; raises ValueError, changing nothing, where that cannot be."""
+        """Drop the last -tokens_to_remove tokens; raises ValueError, changing nothing, for more than are held."""
         held = self.get_seq_length()
         if tokens_to_remove > 0:
             raise ValueError(f"crop takes minus the number of tokens to remove, got {tokens_to_remove}")
         if -tokens_to_remove > held:
             raise ValueError(f"cannot remove {-tokens_to_remove} tokens from a cache of {held}")
-        self._transaction.close()
-        super().crop(tokens_to_remove)
+        self._all_or_none(super().crop, tokens_to_remove)
 
     def reset(self) -> None:
         """Forget all tokens."""
-        self._transaction.close()
-        super().reset()
+        self._all_or_none(super().reset)
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         """Make row i what row beam_idx[i] was; pages are shared, not copied."""
-        self._transaction.close()
-        super().reorder_cache(beam_idx)
+        self._all_or_none(super().reorder_cache, beam_idx)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat every row `repeats` times; pages are shared, not copied."""
-        self._transaction.close()
-        super().batch_repeat_interleave(repeats)
+        self._all_or_none(super().batch_repeat_interleave, repeats)
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        """Keep the rows `indices`; pages are shared, not copied."""
+        """Keep the rows `indices` (or bool); pages are shared, not copied."""
+        self._all_or_none(super().batch_select_indices, indices)
+
+    def _all_or_none(self, change: Callable[..., None], *args: Any) -> None:
+        """Change every layer, or, where one of them raises, none."""
         self._transaction.close()
-        super().batch_select_indices(indices)
+        for index, layer in enumerate(self.layers):
+            self._transaction.enter(index, layer)
+        try:
+            change(*args)
+        except Exception:
+            self._transaction.undo()
+            raise
+        self._transaction.close()
 
     def memory(self) -> MemoryReport:
-        """Measured bytes of all layers: codes with their overheads, exact parts, stock layers (counted as exact)."""
+        """Measured bytes of keys and values in all layers; those of stock layers count as exact.
+
+        Linear-attention states, which do not grow, are left out.
+        """
         return sum((_layer_memory(layer) for layer in self.layers), MemoryReport.nothing())
 
     def stats(self) -> dict[str, int]:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from tqdm import tqdm
-from transformers import GenerationMixin, PreTrainedConfig, PreTrainedModel
+from transformers import DynamicCache, GenerationMixin, PreTrainedConfig, PreTrainedModel
 
 from kvcompress.attention import NAME
 from kvcompress.cache import CompressedCache
@@ -59,6 +59,8 @@ def wrap(model: Model, spec: CacheSpec | str = DEFAULT_SPEC, prefill_chunk: int 
     """
     if not isinstance(model, PreTrainedModel) or not isinstance(model, GenerationMixin):
         raise TypeError(f"wrap takes a transformers model that can generate, got {type(model).__name__}")
+    if model.config.is_encoder_decoder:
+        raise ValueError(f"wrap takes decoder-only models, {type(model).__name__} is an encoder-decoder")
     if not isinstance(prefill_chunk, int) or prefill_chunk < 1:
         raise ValueError(f"prefill_chunk must be a positive number of tokens, got {prefill_chunk!r}")
     spec = CacheSpec.parse(spec)
@@ -115,15 +117,15 @@ def _switch_back(model: PreTrainedModel, attention: str) -> None:
 
 
 def _prepare_cache(model: Any, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-    """transformers' own preparation, given a compressed cache where it would have made a dynamic one."""
-    default = generation_config.cache_implementation in (None, "dynamic") and generation_config.use_cache is not False
-    made = default and model_kwargs.get("past_key_values") is None and model._supports_default_dynamic_cache()
-    if made:
-        settings: _Wrapped = getattr(model, _STATE)
-        model_kwargs["past_key_values"] = CompressedCache(model.config, settings.spec)
+    """transformers' own preparation, and a compressed cache in the place of the dynamic one that it made."""
+    given = model_kwargs.get("past_key_values")
     result = type(model)._prepare_cache_for_generation(model, generation_config, model_kwargs, *args, **kwargs)
-    if made:
-        model_kwargs["past_key_values"]._is_user_defined = False
+    made = model_kwargs.get("past_key_values")
+    if given is None and type(made) is DynamicCache and generation_config.cache_implementation != "offloaded":
+        cache = CompressedCache(model.config, getattr(model, _STATE).spec)
+        if generation_config.is_assistant:
+            cache.activate_past_recording()
+        model_kwargs["past_key_values"] = cache
     return result
 
 
@@ -133,7 +135,10 @@ def _prefill(
     """transformers' own prefill, told to go in chunks where the prompt is long, with a progress bar where very long."""
     cache = model_kwargs.get("past_key_values")
     chunk = getattr(model, _STATE).prefill_chunk
-    new = input_ids.shape[1] - (cache.get_seq_length() if cache is not None else 0)
+    mask = model_kwargs.get("attention_mask")
+    mask_length = mask.shape[1] if mask is not None else getattr(generation_config, "_mask_length", -1)
+    held = cache.get_seq_length() if cache is not None and mask_length == input_ids.shape[1] else 0
+    new = input_ids.shape[1] - held  # as transformers counts: input_ids hold the whole text, or the new tokens only
     whole = model_kwargs.get("inputs_embeds") is not None or not isinstance(cache, CompressedCache) or new <= chunk
     if not whole and generation_config.prefill_chunk_size is None:
         generation_config = copy.copy(generation_config)

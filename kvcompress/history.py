@@ -86,10 +86,13 @@ class History:
         self.recent = tuple(torch.cat(pair, dim=2) for pair in zip(self.recent, (key, value), strict=True))
         self._fill_sinks(before, real)
 
-    def code(self) -> None:
-        """Turn the oldest exact tokens of every row into pages where enough of them have gathered, and let them go."""
+    def code(self, spare: int = 0) -> None:
+        """Turn the oldest exact tokens of every row into pages where enough of them have gathered, and let them go.
+
+        spare: tokens to keep exact beside the window.
+        """
         if self.lengths:
-            self._code()
+            self._code(spare)
             width = max(self.held)
             self.recent = tuple(x[:, :, x.shape[2] - width :].clone() for x in self.recent)
 
@@ -106,9 +109,9 @@ class History:
                     sink[side][row, :, old : old + count] = self.recent[side][row, :, start : start + count]
         self.sink = sink
 
-    def _code(self) -> None:
+    def _code(self, spare: int) -> None:
         held = self.held
-        due = [max(h - self.window, 0) // PAGE for h in held]
+        due = [max(h - self.window - spare, 0) // PAGE for h in held]
         due = [d if n >= self.sinks + self.fit_tokens else 0 for d, n in zip(due, self.lengths, strict=True)]
         if not any(due):
             return
@@ -216,13 +219,17 @@ class History:
         self._drop_unused_fits()
 
     def select(self, rows: Tensor) -> None:
-        """Keep, repeat or reorder rows: int [B'] of row indices. Pages are shared, not copied."""
+        """Keep, repeat or reorder rows: their indices [B'], or bool [B]. Pages are shared, not copied."""
         if not self.lengths:
             return
-        order = rows.tolist()
-        wrong = [i for i in order if not 0 <= i < len(self.lengths)]
+        held = len(self.lengths)
+        if rows.dtype == torch.bool:
+            rows = rows.nonzero().flatten()
+        wrong = [i for i in rows.tolist() if not -held <= i < held]
         if wrong:
-            raise ValueError(f"row {wrong[0]} is not in a batch of {len(self.lengths)}")
+            raise ValueError(f"row {wrong[0]} is not in a batch of {held}")
+        rows = rows % held
+        order = rows.tolist()
         for name in ("lengths", "pads", "fit_of"):
             setattr(self, name, [getattr(self, name)[i] for i in order])
         for name in ("sink", "recent"):

@@ -1,8 +1,8 @@
 """The torch reference of attention over a compressed history: what every backend is compared with.
 
-Queries attend codes block by block, each block decoded and let go, and exact tokens tile by tile; partial results carry
-the logarithm of their softmax sum (log-sum-exp) and are merged by it, so no more than `WORKSPACE` elements of scores or
-decoded vectors exist at a time. All arithmetic is in float32.
+Queries attend codes block by block, each block decoded once and let go, and exact tokens tile by tile; partial results
+carry the logarithm of their softmax sum (log-sum-exp) and are merged by it. So a block's scores and its decoded vectors
+take about `WORKSPACE` elements each (or one page for one query, where that is more). All arithmetic is in float32.
 
 Shapes inside: queries of a KV head side by side, [B, H, G*Q, D]; scores [B, H, G, Q, T].
 """
@@ -57,6 +57,20 @@ class Mask:
         return self.tensor.gather(3, columns[:, None, None].expand(rows, heads, queries, -1))
 
 
+@dataclass(frozen=True)
+class Tile:
+    """Some queries [B, H, G*q, D] with their part of the mask; the first of the q stands at chunk token `offset`."""
+
+    query: Tensor
+    mask: Mask
+    offset: int
+    groups: int
+
+    @property
+    def length(self) -> int:
+        return self.query.shape[2] // self.groups
+
+
 class Partial:
     """A softmax-weighted sum in the making: running maximum, sum and weighted values of queries [B, H, n, ...]."""
 
@@ -86,30 +100,31 @@ def attend(query: Tensor, history: History | None, key: Tensor, value: Tensor, m
     Returns [B, Q, H*G, D_v] in the query's dtype. Queries are worked on in tiles that keep the scores within WORKSPACE.
     """
     rows, heads, length, _ = query.shape
-    tile = max(WORKSPACE // (rows * heads * TILE), 1)
-    own = key.shape[2] - length  # chunk tokens before the first query: zero but for plain attention over a whole cache
-    parts = [
-        _attend_tile(query[:, :, s : s + tile], history, key, value, mask.slice(slice(s, s + tile)), scores, own + s)
-        for s in range(0, length, tile)
+    size = max(WORKSPACE // (rows * heads * TILE), 1)
+    groups, own = heads // key.shape[1], key.shape[2] - length
+    before = history.columns if history is not None else 0
+    tiles = [
+        Tile(_grouped(query[:, :, s : s + size], groups), mask.slice(slice(s, s + size)), own + s, groups)
+        for s in range(0, length, size)
     ]
+    results = [[_chunk(tile, key, value, scores, before)] for tile in tiles]
+    if history is not None and history.columns:
+        for found, tile in zip(results, tiles, strict=True):
+            found.append(_exact(tile, history, scores))
+        if any(history.coded):
+            for found, part in zip(results, _codes(tiles, history, scores), strict=True):
+                found.append(part)
+    sinks = None if scores.sinks is None else scores.sinks.float().view(1, -1, groups, 1)
+    parts = []
+    for found, tile in zip(results, tiles, strict=True):
+        own_sinks = None if sinks is None else sinks.expand(rows, -1, -1, tile.length).flatten(2).unsqueeze(-1)
+        parts.append(merge(found, own_sinks).reshape(rows, heads, tile.length, -1))
     return torch.cat(parts, dim=2).to(query.dtype).transpose(1, 2).contiguous()
 
 
-def _attend_tile(
-    query: Tensor, history: History | None, key: Tensor, value: Tensor, mask: Mask, scores: Scores, offset: int
-) -> Tensor:
-    """One tile of queries, whose first one stands at chunk token `offset`: [B, H*G, q, D_v], float32."""
-    rows, heads, length, width = query.shape
-    groups = heads // key.shape[1]
-    grouped = query.float().reshape(rows, key.shape[1], groups * length, width)
-    results = [_chunk(grouped, key, value, mask, scores, offset, groups, history.columns if history else 0)]
-    if history is not None and history.lengths:
-        results += [_exact(grouped, history, mask, scores, groups)]
-        if history.table.ids.numel():
-            results += [_codes(grouped, history, mask, scores, groups)]
-    sinks = None if scores.sinks is None else scores.sinks.float().view(1, -1, groups, 1).expand(rows, -1, -1, length)
-    merged = merge(results, None if sinks is None else sinks.reshape(rows, -1, groups * length, 1))
-    return merged.view(rows, heads, length, -1)
+def _grouped(query: Tensor, groups: int) -> Tensor:
+    """[B, H*G, q, D] to float32 [B, H, G*q, D]."""
+    return query.float().unflatten(1, (-1, groups)).flatten(2, 3)
 
 
 def merge(results: list[tuple[Tensor, Tensor]], sinks: Tensor | None = None) -> Tensor:
@@ -140,33 +155,31 @@ def _both(first: Tensor | None, second: Tensor | None) -> Tensor | None:
     return first & second if first.dtype == torch.bool else first.masked_fill(~second, -torch.inf)
 
 
-def _chunk(
-    query: Tensor, key: Tensor, value: Tensor, mask: Mask, scores: Scores, offset: int, groups: int, before: int
-) -> tuple[Tensor, Tensor]:
+def _chunk(tile: Tile, key: Tensor, value: Tensor, scores: Scores, before: int) -> tuple[Tensor, Tensor]:
     """The chunk's own tokens, in causal order; `before`: columns of history that precede them in the mask."""
-    partial = Partial(query, value.shape[-1])
-    length = query.shape[2] // groups
-    stop = min(offset + length, key.shape[2]) if mask.causal else key.shape[2]
+    partial = Partial(tile.query, value.shape[-1])
+    stop = min(tile.offset + tile.length, key.shape[2]) if tile.mask.causal else key.shape[2]
     for start in range(0, stop, TILE):
-        tokens = torch.arange(start, min(start + TILE, stop), device=key.device)
-        allowed = mask.at(before + tokens.unsqueeze(0).expand(len(key), -1))
-        if mask.causal:
-            order = tokens <= torch.arange(offset, offset + length, device=key.device).unsqueeze(1)
-            allowed = _both(allowed, order[None, None])
-        raw = query @ key[:, :, start : start + TILE][:, :, : len(tokens)].float().mT
-        partial.add(_finish(raw, scores, allowed, groups), value[:, :, tokens[0] : tokens[-1] + 1].float())
+        part = slice(start, min(start + TILE, stop))
+        tokens = torch.arange(part.start, part.stop, device=key.device)
+        allowed = tile.mask.at(before + tokens.unsqueeze(0).expand(len(key), -1))
+        if tile.mask.causal:
+            own = torch.arange(tile.offset, tile.offset + tile.length, device=key.device)
+            allowed = _both(allowed, (tokens <= own.unsqueeze(1))[None, None])
+        raw = tile.query @ key[:, :, part].float().mT
+        partial.add(_finish(raw, scores, allowed, tile.groups), value[:, :, part].float())
     return partial.result()
 
 
-def _exact(query: Tensor, history: History, mask: Mask, scores: Scores, groups: int) -> tuple[Tensor, Tensor]:
+def _exact(tile: Tile, history: History, scores: Scores) -> tuple[Tensor, Tensor]:
     """Sinks and recent tokens."""
-    partial = Partial(query, history.sink[1].shape[-1])
-    for (key, value), columns, valid in _exact_parts(history, query.device):
+    partial = Partial(tile.query, history.sink[1].shape[-1])
+    for (key, value), columns, valid in _exact_parts(history, tile.query.device):
         for start in range(0, key.shape[2], TILE):
             part = slice(start, start + TILE)
-            allowed = _both(mask.at(columns[:, part]), valid[:, None, None, part])
-            raw = query @ key[:, :, part].float().mT
-            partial.add(_finish(raw, scores, allowed, groups), value[:, :, part].float())
+            allowed = _both(tile.mask.at(columns[:, part]), valid[:, None, None, part])
+            raw = tile.query @ key[:, :, part].float().mT
+            partial.add(_finish(raw, scores, allowed, tile.groups), value[:, :, part].float())
     return partial.result()
 
 
@@ -185,21 +198,22 @@ def _exact_parts(history: History, device: torch.device) -> Iterator[tuple[tuple
         yield history.recent, columns, slots >= width - held
 
 
-def _codes(query: Tensor, history: History, mask: Mask, scores: Scores, groups: int) -> tuple[Tensor, Tensor]:
-    """Coded tokens: the query absorbs the keys' synthesis, the sum over values is restored once at the end."""
+def _codes(tiles: list[Tile], history: History, scores: Scores) -> list[tuple[Tensor, Tensor]]:
+    """Coded tokens, each block decoded once for all tiles; queries absorb the synthesis, sums are restored last."""
     key_codec, value_codec = history.codecs
-    value_fit = history.row_fit(1)
-    absorbed, bias = key_codec.absorb(query, history.row_fit(0))
-    pads = torch.tensor(history.pads, device=query.device).unsqueeze(1)
-    partial = Partial(query, value_codec.transform.rank)
-    rows, heads, queries, _ = query.shape
+    key_fit, value_fit = history.row_fit(0), history.row_fit(1)
+    absorbed = [key_codec.absorb(tile.query, key_fit) for tile in tiles]
+    partials = [Partial(tile.query, value_codec.transform.rank) for tile in tiles]
+    pads = torch.tensor(history.pads, device=tiles[0].query.device).unsqueeze(1)
+    rows, heads, queries, _ = tiles[0].query.shape
     width = max(key_codec.transform.rank, value_codec.transform.rank, queries)
     for block in history.blocks(max(WORKSPACE // (rows * heads * PAGE * width), 1)):
         columns = (block.positions + pads).clamp_max(history.columns - 1)
         valid = None if block.valid is None else block.valid[:, None, None]
-        raw = absorbed @ block.key.mT
-        raw = raw if bias is None else raw + bias
-        allowed = _both(mask.at(columns), valid)
-        partial.add(_finish(raw, scores, allowed, groups), block.value)
-    mean, log = partial.result()
-    return value_codec.restore(mean, value_fit), log
+        for tile, (query, bias), partial in zip(tiles, absorbed, partials, strict=True):
+            raw = query @ block.key.mT
+            raw = raw if bias is None else raw + bias
+            allowed = _both(tile.mask.at(columns), valid)
+            partial.add(_finish(raw, scores, allowed, tile.groups), block.value)
+    results = (partial.result() for partial in partials)
+    return [(value_codec.restore(mean, value_fit), log) for mean, log in results]

@@ -39,7 +39,7 @@ class Registry(Generic[T]):
         return self._items[name]
 
     def __contains__(self, name: str) -> bool:
-        return name in list(self)
+        return name in self._items or name in list(self)
 
     def __iter__(self) -> Iterator[str]:
         self._load_entry_points()

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 CODECS: Registry[Callable[[CodecSpec, int], Codec]] = Registry("codec", group="kvcompress.codecs")
 
 #: The codecs of a spec that names none: what measures best at about 3 bits (python -m benchmarks quick).
-DEFAULT_SPEC = "trellis3"
+DEFAULT_SPEC = "trellis:k4v2"
 
 JSON_VERSION = 1
 

@@ -34,10 +34,11 @@ class PagePool:
         count = len(next(iter(coded.values())))
         reused = self._free[:count]
         del self._free[:count]
-        for index, page in enumerate(reused):
-            slab, slot = self.slabs[self._slab_of[page]], self._slot_of[page]
-            for name, part in coded.items():
-                slab[name][slot] = part[index]
+        with torch.inference_mode():  # a slab may have been made in it, and could not be written to outside
+            for index, page in enumerate(reused):
+                slab, slot = self.slabs[self._slab_of[page]], self._slot_of[page]
+                for name, part in coded.items():
+                    slab[name][slot] = part[index]
         fresh = count - len(reused)
         first = len(self._slab_of)
         if fresh:
@@ -57,10 +58,13 @@ class PagePool:
         return {name: torch.cat([piece[name] for piece in pieces]) for name in pieces[0]}
 
     def collect(self, table: Tensor) -> None:
-        """Make every page that `table` does not name free for the next write."""
+        """Let go of slabs of which `table` names no page, and make the other pages that it does not name free."""
         used = torch.zeros(len(self._slab_of), dtype=torch.bool)
         used[table[table >= 0].long()] = True
-        self._free = (~used).nonzero().flatten().tolist()
+        alive = torch.zeros(len(self.slabs), dtype=torch.bool)
+        alive[self._slab_of[used]] = True
+        self.slabs = [slab if keep else {} for slab, keep in zip(self.slabs, alive.tolist(), strict=True)]
+        self._free = (~used & alive[self._slab_of]).nonzero().flatten().tolist()
 
     def parts(self) -> Iterator[tuple[str, Tensor]]:
         """All (name, tensor) that hold codes or scales."""

@@ -29,10 +29,10 @@ PROBE = """
 import builtins, importlib.util, json, os, sys
 sys.modules["hqq"] = None
 importers, real_import = set(), builtins.__import__
-def watched(name, globals=None, *rest):
+def watched(name, globals=None, *rest, **named):
     if name.partition(".")[0] == "triton":
         importers.add((globals or {}).get("__name__", "?"))
-    return real_import(name, globals, *rest)
+    return real_import(name, globals, *rest, **named)
 builtins.__import__ = watched
 import kvcompress, kvcompress.kernels, torch
 found = importlib.util.find_spec("kernels")

@@ -24,6 +24,7 @@ ITERATIONS = 1000  # 8 bits then lie within 0.1% of the distortion after twenty 
 
 
 @lru_cache
+@torch.inference_mode(False)  # kept for ever, so not to be inference tensors
 def codebook(bits: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """(levels [2^bits], borders [2^bits - 1]) of least mean squared error for the unit Gaussian, float32, ascending.
 

@@ -60,6 +60,7 @@ class Hadamard:
 
 
 @lru_cache
+@torch.inference_mode(False)  # kept for ever, so not to be inference tensors
 def hadamard_matrix(size: int, device: torch.device) -> Tensor:
     """float32 [rank, size] with orthonormal columns."""
     odd = size

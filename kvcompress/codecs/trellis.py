@@ -33,7 +33,7 @@ from kvcompress.spec import CodecSpec
 MEMORY = 9  # bits of the stream that an element is decoded from
 FRACTION = 4  # the encoder's resolution: parts of a table unit
 SEAM = 64  # bits of the stream on either side of the vector's end that decide where it bites its tail
-BLOCK = 1024  # vectors encoded at a time: bounds the workspace to a few megabytes
+BLOCK = 2048  # vectors encoded at a time: bounds the workspace to 4 MiB and a byte for every state and element
 FAR = 1 << 29  # the cost of a state that is not allowed
 
 
@@ -53,6 +53,7 @@ def additive_sums(tables: Tensor) -> Tensor:
 
 
 @lru_cache
+@torch.inference_mode(False)  # kept for ever, so not to be inference tensors
 def shipped_table(bits: int, device: torch.device) -> Table:
     content = json.loads(resources.files("kvcompress.codecs").joinpath("trellis_tables.json").read_text())[str(bits)]
     sums = additive_sums(torch.tensor(content["tables"], dtype=torch.float64)) - content["offset"]
