@@ -34,7 +34,7 @@ class Settings:
     text: Path | None = None
     specs: tuple[str, ...] = SPECS
     baselines: bool = True
-    context: int = 4096
+    context: int = 3072
     passages: int = 1
     documents: int = 1
     facts: int = 48
