@@ -40,7 +40,7 @@ class Settings:
     facts: int = 48
     chunk: int = 512
     step_context: int = 8192
-    steps: int = 9
+    steps: int = 7
     seed: int = 0
 
     def __post_init__(self) -> None:
