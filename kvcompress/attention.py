@@ -80,12 +80,10 @@ def mask_function(
     added, so that a million columns cost a million bytes; everything else as transformers' 4D bool mask.
     """
     ends_apart = kwargs.get("q_offset", 0) + q_length != kwargs.get("kv_offset", 0) + kv_length  # as in a static cache
-    if ends_apart or mask_function is not causal_mask_function:
-        kwargs["allow_is_causal_skip"] = kwargs.get("allow_is_causal_skip", True) and not ends_apart
-        kwargs |= {"mask_function": mask_function, "attention_mask": attention_mask}
-        return sdpa_mask(batch_size, q_length, kv_length, **kwargs)
-    if not kwargs.get("allow_is_causal_skip", True):  # the model goes on to work on the mask
-        kwargs |= {"mask_function": mask_function, "attention_mask": attention_mask}
+    # a model that goes on to work on the mask does not allow the short forms
+    may_skip = kwargs.pop("allow_is_causal_skip", True) and not ends_apart
+    if not may_skip or mask_function is not causal_mask_function:
+        kwargs |= {"mask_function": mask_function, "attention_mask": attention_mask, "allow_is_causal_skip": may_skip}
         return sdpa_mask(batch_size, q_length, kv_length, **kwargs)
     if attention_mask is None:
         return None

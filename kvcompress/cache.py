@@ -102,10 +102,9 @@ class CompressedLayer(CacheLayerMixin):
         uncompressed).
         """
         self.settle()
-        if not self.is_initialized:
-            self._check_finite(key_states, value_states)
-            self.lazy_initialization(key_states, value_states)
         self._check(key_states, value_states)
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
         self.pending = key_states, value_states
         if self.config._attn_implementation == NAME:
             shapes = [(*x.shape[:2], self.get_seq_length(), x.shape[3]) for x in (key_states, value_states)]
@@ -182,10 +181,9 @@ class CompressedLayer(CacheLayerMixin):
         return [length if held else length - pad for held, pad in zip(lengths, leading, strict=True)]
 
     def _check(self, key: Tensor, value: Tensor) -> None:
-        assert self.history is not None
         if key.shape[:3] != value.shape[:3]:
             raise ValueError(f"keys {tuple(key.shape)} and values {tuple(value.shape)} are not of the same tokens")
-        if self.history.lengths:
+        if self.history is not None and self.history.lengths:
             for side, (held, new) in enumerate(zip(self.history.recent, (key, value), strict=True)):
                 wanted = (len(self.history.lengths), held.shape[1], new.shape[2], held.shape[3])
                 if new.shape != wanted or new.dtype != held.dtype:

@@ -87,7 +87,7 @@ def geometry() -> LlamaConfig:
 def orthogonalise(matrix: Tensor) -> Tensor:
     """Five Newton-Schulz steps towards the nearest orthogonal matrix (arXiv 2502.16982), in the matrix's own dtype.
 
-    torch.optim.Muon does this in bfloat16, which a CPU without bf16 arithmetic runs 50 times slower.
+    torch.optim.Muon does this in bfloat16, which a CPU without bf16 arithmetic runs far slower.
     """
     tall = matrix.shape[0] > matrix.shape[1]
     x = matrix.mT if tall else matrix
