@@ -6,6 +6,8 @@ attends on the codes; any other operation on a handle materialises it, which is 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -13,16 +15,20 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface, causal_mask_function, sdpa_mask
+from transformers.pytorch_utils import Conv1D
 
 from kvcompress.reference import Mask, Scores, attend
 
 NAME = "kvcompress"
 
+#: Gives, for KV heads and a value width, the metric [heads, width, width] of errors of values; None where unknown.
+OutputMetric = Callable[[int, int], Tensor | None]
+
 
 class HandleOwner(Protocol):
     """What a handle needs of the cache layer that made it."""
 
-    def attend(self, query: Tensor, mask: Tensor | None, scores: Scores) -> Tensor: ...
+    def attend(self, query: Tensor, mask: Tensor | None, scores: Scores, output_metric: OutputMetric) -> Tensor: ...
 
     def materialise(self, side: int) -> Tensor: ...
 
@@ -120,10 +126,28 @@ def attention_forward(
         if layers != owner.layer_count:
             owner.undo()
             raise ValueError(f"this cache was made for {owner.layer_count} layers, the model has {layers}")
-        return owner.attend(query, attention_mask, scores), None
+        return owner.attend(query, attention_mask, scores, partial(output_metric, module)), None
     key, value = _materialised(key), _materialised(value)
     causal = getattr(module, "is_causal", True) and query.shape[2] > 1
     return attend(query, None, key, value, as_mask(attention_mask, causal), scores), None
+
+
+def output_metric(module: nn.Module, heads: int, width: int) -> Tensor | None:
+    """W_o^T W_o of each KV head's values, summed over its query heads, float32 [heads, width, width].
+
+    By it an error of an attention module's values [.., heads, .., width] reaches the residual stream. None where the
+    output projection is not found among its usual names, or is no plain matrix (quantised weights).
+    """
+    for name in ("o_proj", "out_proj", "dense", "c_proj"):
+        projection = getattr(module, name, None)
+        weight = getattr(projection, "weight", None)
+        if isinstance(weight, Tensor) and weight.ndim == 2 and weight.is_floating_point():
+            weight = weight.detach().float()
+            weight = weight if isinstance(projection, Conv1D) else weight.mT  # Conv1D keeps its transpose
+            if weight.shape[0] % (heads * width) == 0:
+                split = weight.view(heads, -1, width, weight.shape[1])
+                return torch.einsum("hgdo,hgeo->hde", split, split)
+    return None
 
 
 def as_mask(tensor: Tensor | None, causal: bool) -> Mask:

@@ -23,11 +23,15 @@ from transformers.cache_utils import (
     LinearAttentionLayer,
 )
 
-from kvcompress.attention import NAME, KVHandle, as_mask
+from kvcompress import basis as bases
+from kvcompress.attention import NAME, KVHandle, OutputMetric, as_mask
+from kvcompress.basis import Basis
+from kvcompress.codecs import Geometry
 from kvcompress.history import History
 from kvcompress.memory import MemoryReport, storage_bytes
 from kvcompress.reference import Scores, attend
-from kvcompress.spec import DEFAULT_SPEC, CacheSpec
+from kvcompress.rope import Rope
+from kvcompress.spec import DEFAULT_SPEC, CacheSpec, LayerSpec
 from kvcompress.store import PAGE
 
 logger = logging.getLogger(__name__)
@@ -77,9 +81,17 @@ class CompressedLayer(CacheLayerMixin):
     is_sliding = False
     is_croppable = True
 
-    def __init__(self, config: PreTrainedConfig, spec: CacheSpec, index: int, count: int, counts: Counter[str]):
+    def __init__(
+        self,
+        config: PreTrainedConfig,
+        spec: CacheSpec,
+        index: int,
+        count: int,
+        counts: Counter[str],
+        basis: Basis | None = None,
+    ):
         super().__init__()
-        self.config, self.spec, self.index, self.layer_count = config, spec, index, count
+        self.config, self.spec, self.index, self.layer_count, self.basis = config, spec, index, count, basis
         self.codecs = spec.layer(index, count)
         self.counts = counts
         self.transaction = Transaction()
@@ -89,8 +101,17 @@ class CompressedLayer(CacheLayerMixin):
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Build the codecs for these head sizes; raises ValueError where one does not support its size."""
-        key, value = self.codecs.key.build(key_states.shape[-1]), self.codecs.value.build(value_states.shape[-1])
-        self.history = History(key, value, self.spec.sinks, self.spec.window)
+        geometry = [Geometry(x.shape[3], side, x.shape[1]) for side, x in enumerate((key_states, value_states))]
+        key, value = self.codecs.key.build(geometry[0]), self.codecs.value.build(geometry[1])
+        self.history = History(
+            key,
+            value,
+            self.spec.sinks,
+            self.spec.window,
+            shared=self.spec.basis == "shared",
+            preset=None if self.basis is None else self.basis.to(key_states.device),
+            rotation=None if key.frame == "fixed" else Rope.of(self.config, key.head_dim),
+        )
         self.dtype, self.device = key_states.dtype, key_states.device
         self.is_initialized = True
 
@@ -113,10 +134,10 @@ class CompressedLayer(CacheLayerMixin):
         self.settle()
         return self.materialise(0), self.materialise(1)
 
-    def attend(self, query: Tensor, mask: Tensor | None, scores: Scores) -> Tensor:
+    def attend(self, query: Tensor, mask: Tensor | None, scores: Scores, output_metric: OutputMetric) -> Tensor:
         """Attention over the history and the pending chunk, which then joins the history: [B, Q, H*G, D_v]."""
         try:
-            out = self._attend(query, mask, scores)
+            out = self._attend(query, mask, scores, output_metric)
         except Exception:
             self.undo()
             raise
@@ -128,7 +149,7 @@ class CompressedLayer(CacheLayerMixin):
         """Undo the forward pass that is under way, in all layers."""
         self.transaction.undo()
 
-    def _attend(self, query: Tensor, mask: Tensor | None, scores: Scores) -> Tensor:
+    def _attend(self, query: Tensor, mask: Tensor | None, scores: Scores, output_metric: OutputMetric) -> Tensor:
         if mask is not None and mask.shape[-1] != self.get_seq_length():
             raise ValueError(f"the mask covers {mask.shape[-1]} tokens, the cache holds {self.get_seq_length()}")
         if self.pending is None:  # a layer that shares the keys and values of an earlier one (Gemma 3n)
@@ -137,7 +158,7 @@ class CompressedLayer(CacheLayerMixin):
         key, value = self.pending
         out = attend(query, self.history, key, value, as_mask(mask, causal=True), scores)
         self.counts["fused"] += 1
-        self.settle(self._real_tokens(mask))
+        self.settle(self._real_tokens(mask), query, output_metric)
         return out
 
     def materialise(self, side: int) -> Tensor:
@@ -157,14 +178,24 @@ class CompressedLayer(CacheLayerMixin):
             return dense
         return self.pending[side] if dense is None else torch.cat([dense, self.pending[side]], dim=2)
 
-    def settle(self, real: list[int] | None = None) -> None:
-        """Let the pending chunk join the history; `real`: how many of its tokens, from the end, are no padding."""
+    def settle(
+        self,
+        real: list[int] | None = None,
+        query: Tensor | None = None,
+        output_metric: OutputMetric = lambda heads, width: None,
+    ) -> None:
+        """Let the pending chunk join the history.
+
+        real: how many of its tokens, from the end, are no padding. query, output_metric: where our attention ran, what
+        tells codecs which errors matter.
+        """
         if self.history is None or self.pending is None:
             return
         key, value = self.pending
-        self.history.append(key.detach(), value.detach(), real or [key.shape[2]] * len(key))
+        self.history.append(key.detach(), value.detach(), real or [key.shape[2]] * len(key), query)
         self.pending = None
-        self.history.code(spare=PAGE if self.record_past else 0)
+        heads, width = value.shape[1], value.shape[3]
+        self.history.code(PAGE if self.record_past else 0, lambda: output_metric(heads, width))
 
     def _real_tokens(self, mask: Tensor | None) -> list[int] | None:
         """The chunk's tokens from each row's first that anybody may attend: only a row's first ones can be padding."""
@@ -270,7 +301,7 @@ class CompressedLayer(CacheLayerMixin):
             means=storage_bytes(x for name, x in fits if name == "mean"),
             bases=storage_bytes(x for name, x in fits if name != "mean"),
             tables=storage_bytes([history.table.ids, history.table.fill, *history.pool.index()]),
-            exact=storage_bytes([*history.sink, *history.recent, *pending]),
+            exact=storage_bytes([*history.sink, *history.recent, *history.queries, *pending]),
             tokens=max(history.lengths, default=0) + (pending[0].shape[2] if pending else 0),
             coded_elements=sum(history.coded) * width,
             elements=(sum(history.lengths) + fresh) * width,
@@ -326,18 +357,27 @@ class CompressedCache(Cache):
         layers = layers or [DynamicLayer() for _ in range(config.num_hidden_layers)]
         self._counts: Counter[str] = Counter()
         self._transaction = Transaction()
+        known = bases.load(self.spec.basis) if self.spec.basis not in ("prompt", "shared") else {}
         for index, layer in enumerate(layers):
-            settings = (config, self.spec, index, len(layers), self._counts)
+            settings = (config, self.spec, index, len(layers), self._counts, known.get(index))
             if type(layer) is DynamicLayer:
                 layers[index] = CompressedLayer(*settings)
             elif type(layer) is LinearAttentionAndFullAttentionLayer:
                 layers[index] = CompressedHybridLayer(layer.number_of_states, *settings)
             if isinstance(layers[index], CompressedLayer):
                 layers[index].transaction = self._transaction
+                self._check_basis(index, layers[index].codecs, known)
         if not any(isinstance(layer, CompressedLayer) for layer in layers):
             kinds = ", ".join(sorted({type(layer).__name__ for layer in layers}))
             raise ValueError(f"{type(config).__name__} has no full-attention layer to compress (its layers: {kinds})")
         super().__init__(layers=layers)
+
+    def _check_basis(self, index: int, codecs: LayerSpec, known: dict[int, Basis]) -> None:
+        """Raises ValueError where the spec names a basis file that does not go with it."""
+        if known and index not in known:
+            raise ValueError(f"{self.spec.basis!r} holds no basis for layer {index}, only for {sorted(known)}")
+        if known:
+            known[index].check(index, (str(codecs.key), str(codecs.value)))
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any

@@ -211,20 +211,25 @@ def _print_codecs() -> None:
 
     table = Table("spec", "bits per element\nhead_dim 64", "\n128", "what it is")
     for name in CODECS:
-        factory: Any = CODECS[name]
-        what = (sys.modules[factory.__module__].__doc__ or "").partition("\n")[0]
-        for position, bits in enumerate(factory.bits or [None]):
-            table.add_row(*_codec_row(name, bits), "" if position else what)
+        what = (sys.modules[CODECS[name].build.__module__].__doc__ or "").partition("\n")[0]
+        for position, example in enumerate(CODECS[name].examples):
+            table.add_row(example, *_codec_bits(example), "" if position else what)
     Console().print(table)
 
 
-def _codec_row(name: str, bits: int | None) -> list[str]:
+def _codec_bits(text: str) -> list[str]:
+    """Bits per element of a bfloat16 cache with heads of 64 and of 128: of keys, and of values where they differ."""
     import torch
 
+    from kvcompress.codecs import Geometry
     from kvcompress.spec import CodecSpec
 
-    spec = CodecSpec(name, bits)
-    return [str(spec), *(f"{spec.build(size).bits_per_element(torch.bfloat16):.3f}" for size in (64, 128))]
+    spec = CodecSpec.parse(text)
+    cells = []
+    for size in (64, 128):
+        bits = [spec.build(Geometry(size, side, 2)).bits_per_element(torch.bfloat16) for side in (0, 1)]
+        cells.append(f"{bits[0]:.3f}" if bits[0] == bits[1] else f"{bits[0]:.3f} / {bits[1]:.3f}")
+    return cells
 
 
 if __name__ == "__main__":

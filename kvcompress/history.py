@@ -2,30 +2,40 @@
 
 A row's first `sinks` real tokens and its latest ones stay exact. Whenever `window + PAGE` exact tokens have gathered
 after the coded ones, and the codecs' `fit_tokens` have been seen, the oldest PAGE of them become a page. The rule looks
-at one row only, so a token's codes depend neither on how the prompt was cut into chunks nor on the other rows. Left
-padding is not stored.
+at one row only, so a token's codes depend neither on how the prompt was cut into chunks nor on the other rows (unless
+they share what is learned). Left padding is not stored.
 
 Nothing is changed in place but the pool's free pages, so a shallow copy of a `History` is a snapshot of it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from kvcompress.codecs import Codec, Coded, Fit
+from kvcompress.codecs import Codec, Coded, Fit, within
+from kvcompress.metric import query_metric, turned_query_metric
 from kvcompress.store import PAGE, PagePool, PageTable
 
 ENCODE_PAGES = 64  # pages coded at a time: bounds the encoder's workspace
 SIDES = ("key", "value")
 
 
+class Rotation(Protocol):
+    """A model's rotary position embedding of keys [B, H, T, D] at positions int64 [B, T], and its inverse."""
+
+    def apply(self, key: Tensor, positions: Tensor) -> Tensor: ...
+
+    def undo(self, key: Tensor, positions: Tensor) -> Tensor: ...
+
+
 @dataclass(frozen=True)
 class Block:
-    """Some pages of every row: decoded keys and values (before synthesis), and where their tokens stand.
+    """Some pages of every row, decoded: keys as `absorb`ed queries want them, values before synthesis.
 
     key [B, H, T, R_k], value [B, H, T, R_v]; positions int64 [B, T], a token's index among its row's real tokens; valid
     bool [B, T], or None where all are.
@@ -38,12 +48,28 @@ class Block:
 
 
 class History:
-    """See the module. `codecs` are those of keys and of values; rows are made at the first `append`."""
+    """See the module. `codecs` are those of keys and of values; rows are made at the first `append`.
 
-    def __init__(self, key_codec: Codec, value_codec: Codec, sinks: int, window: int):
+    shared: the rows that are fitted first are fitted together, and all use that. preset: what the codecs of keys and of
+    values have learned before, [1, H, ...], used by every row. rotation: of keys, for codecs with a frame that turns;
+    None where keys have none.
+    """
+
+    def __init__(
+        self,
+        key_codec: Codec,
+        value_codec: Codec,
+        sinks: int,
+        window: int,
+        *,
+        shared: bool = False,
+        preset: tuple[Fit, Fit] | None = None,
+        rotation: Rotation | None = None,
+    ):
         self.codecs = (key_codec, value_codec)
         self.sinks, self.window = sinks, window
-        self.fit_tokens = max(key_codec.fit_tokens, value_codec.fit_tokens)
+        self.shared, self.preset, self.rotation = shared, preset, rotation
+        self.fit_tokens = 0 if preset else max(key_codec.fit_tokens, value_codec.fit_tokens)
         self.clear()
 
     def clear(self) -> None:
@@ -54,7 +80,8 @@ class History:
         self.pads: list[int] = []  # columns of left padding before them
         self.sink: tuple[Tensor, ...] = ()  # key, value [B, H, sinks, D], filled from the left
         self.recent: tuple[Tensor, ...] = ()  # key, value [B, H, E, D], filled from the right
-        self.fits: tuple[Fit, ...] = ({}, {})
+        self.queries: list[Tensor] = []  # [H*G, n, D] of each row's first tokens, while a codec waits to be fitted
+        self.fits: tuple[Fit, ...] = self.preset or ({}, {})
         self.fit_of: list[int] = []  # each row's place in `fits`, -1 before it is fitted
 
     @property
@@ -72,11 +99,16 @@ class History:
         """Tokens of each row that are held exactly in `recent`."""
         return [n - min(n, self.sinks) - c for n, c in zip(self.lengths, self.coded, strict=True)]
 
-    def append(self, key: Tensor, value: Tensor, real: list[int]) -> None:
-        """Add a chunk [B, H, Q, D] whose last `real[row]` tokens are no padding; `code` then codes what is due."""
+    def append(self, key: Tensor, value: Tensor, real: list[int], query: Tensor | None = None) -> None:
+        """Add a chunk [B, H, Q, D] whose last `real[row]` tokens are no padding; `code` then codes what is due.
+
+        query: the chunk's [B, H*G, Q, D], where it is known, for codecs that weigh the errors of keys by it.
+        """
         rows, length = key.shape[0], key.shape[2]
         if not self.lengths:
-            self.lengths, self.pads, self.fit_of = [0] * rows, [0] * rows, [-1] * rows
+            self.lengths, self.pads = [0] * rows, [0] * rows
+            self.fit_of = [0 if self.preset else -1] * rows
+            self.queries = [key.new_empty(0, 0, 0)] * rows
             self.table = PageTable.empty(rows)
             self.sink = tuple(x.new_zeros(*x.shape[:2], self.sinks, x.shape[3]) for x in (key, value))
             self.recent = tuple(x[:, :, :0] for x in (key, value))
@@ -85,14 +117,17 @@ class History:
         self.pads = [p + length - r for p, r in zip(self.pads, real, strict=True)]
         self.recent = tuple(torch.cat(pair, dim=2) for pair in zip(self.recent, (key, value), strict=True))
         self._fill_sinks(before, real)
+        if query is not None and self.codecs[0].weighted and min(self.fit_of) < 0:
+            self._keep_queries(query, before, real)
 
-    def code(self, spare: int = 0) -> None:
+    def code(self, spare: int = 0, output_metric: Callable[[], Tensor | None] = lambda: None) -> None:
         """Turn the oldest exact tokens of every row into pages where enough of them have gathered, and let them go.
 
-        spare: tokens to keep exact beside the window.
+        spare: tokens to keep exact beside the window. output_metric: gives [H, D, D], by which errors of values matter
+        (None where it is not known).
         """
         if self.lengths:
-            self._code(spare)
+            self._code(spare, output_metric)
             width = max(self.held)
             self.recent = tuple(x[:, :, x.shape[2] - width :].clone() for x in self.recent)
 
@@ -109,13 +144,50 @@ class History:
                     sink[side][row, :, old : old + count] = self.recent[side][row, :, start : start + count]
         self.sink = sink
 
-    def _code(self, spare: int) -> None:
+    def _keep_queries(self, query: Tensor, before: list[int], real: list[int]) -> None:
+        """Keep the queries of the tokens that the codecs will be fitted to, those right after the sinks."""
+        queries = list(self.queries)
+        last = self.sinks + self.codecs[0].fit_tokens
+        for row, (old, new) in enumerate(zip(before, real, strict=True)):
+            start, stop = max(self.sinks - old, 0), min(last - old, new)
+            if self.fit_of[row] < 0 and start < stop:
+                first = query.shape[2] - new
+                part = query[row, :, first + start : first + stop].detach()
+                queries[row] = torch.cat([queries[row], part], dim=1) if queries[row].numel() else part.clone()
+        self.queries = queries
+
+    def _query_metric(self, rows: list[int]) -> Tensor | None:
+        """E[q q^T] over the kept queries, [rows, H, D, D]; None where there are fewer of them than dimensions."""
+        if not self.codecs[0].weighted:
+            return None
+        heads, width = self.recent[0].shape[1], self.recent[0].shape[3]
+        kept = [self.queries[row] for row in rows]
+        if any(q.numel() == 0 or q.shape[1] < width for q in kept):
+            return None
+        if not self._turns:
+            return torch.stack([query_metric(q, heads) for q in kept])
+        assert self.rotation is not None
+        return torch.stack([turned_query_metric(q, heads, self.sinks, self.rotation) for q in kept])
+
+    @property
+    def _turns(self) -> bool:
+        """Whether keys are coded in a frame that turns with their position."""
+        return self.rotation is not None and self.codecs[0].frame != "fixed"
+
+    def _frames(self, first: Tensor, tokens: int) -> Tensor:
+        """The positions [n, tokens] whose frames keys are coded in, for pages that start at positions `first` [n]."""
+        slots = torch.arange(tokens, device=first.device)
+        if self.codecs[0].frame == "page":
+            slots = slots // PAGE * PAGE + PAGE // 2
+        return first.unsqueeze(1) + slots
+
+    def _code(self, spare: int, output_metric: Callable[[], Tensor | None]) -> None:
         held = self.held
         due = [max(h - self.window - spare, 0) // PAGE for h in held]
         due = [d if n >= self.sinks + self.fit_tokens else 0 for d, n in zip(due, self.lengths, strict=True)]
         if not any(due):
             return
-        self._fit([row for row, d in enumerate(due) if d and self.fit_of[row] < 0], held)
+        self._fit([row for row, d in enumerate(due) if d and self.fit_of[row] < 0], held, output_metric)
         starts = [self.recent[0].shape[2] - h for h in held]
         places = [(row, starts[row] + PAGE * i) for row, d in enumerate(due) for i in range(d)]
         blocks = [self._encode(places[i : i + ENCODE_PAGES]) for i in range(0, len(places), ENCODE_PAGES)]
@@ -123,48 +195,71 @@ class History:
         self.pool.collect(self.table.ids)
         self.table = self.table.append(self.pool.write(coded), due)
 
-    def _fit(self, rows: list[int], held: list[int]) -> None:
+    def _fit(self, rows: list[int], held: list[int], output_metric: Callable[[], Tensor | None]) -> None:
         """Learn what the codecs need from the first tokens after the sinks of rows that have no codes yet."""
         if not rows:
             return
         known = max(self.fit_of) + 1
-        fits = []
-        for codec, fit, recent in zip(self.codecs, self.fits, self.recent, strict=True):
-            starts = [recent.shape[2] - held[row] for row in rows]
-            first = [recent[row, :, s : s + codec.fit_tokens] for row, s in zip(rows, starts, strict=True)]
-            learned = codec.fit(torch.stack(first))
-            fits.append({name: torch.cat([fit[name], new]) if known else new for name, new in learned.items()})
-        self.fits = tuple(fits)
         fit_of = list(self.fit_of)
-        for place, row in enumerate(rows, start=known):
-            fit_of[row] = place
+        if not (self.shared and known):
+            values = output_metric() if self.codecs[1].weighted else None
+            metrics = (self._query_metric(rows), None if values is None else values.expand(len(rows), -1, -1, -1))
+            learned = [self._learn(side, rows, held, metrics[side]) for side in (0, 1)]
+            self.fits = tuple(
+                {name: torch.cat([fit[name], x]) if known else x for name, x in new.items()}
+                for fit, new in zip(self.fits, learned, strict=True)
+            )
+        for place, row in enumerate(rows):
+            fit_of[row] = 0 if self.shared else known + place
         self.fit_of = fit_of
+        self.queries = [q if fit_of[row] < 0 else q[:0, :0] for row, q in enumerate(self.queries)]
+
+    def _learn(self, side: int, rows: list[int], held: list[int], metric: Tensor | None) -> Fit:
+        """What one side's codec learns of each of the rows, or of all of them together where they share it."""
+        codec, recent = self.codecs[side], self.recent[side]
+        starts = [recent.shape[2] - held[row] for row in rows]
+        first = torch.stack([recent[row, :, s : s + codec.fit_tokens] for row, s in zip(rows, starts, strict=True)])
+        if side == 0 and self._turns:
+            assert self.rotation is not None
+            start = torch.tensor([self.sinks] * len(rows), device=first.device)
+            first = self.rotation.undo(first.float(), self._frames(start, first.shape[2]))
+        if self.shared:
+            first = first.transpose(0, 1).flatten(1, 2).unsqueeze(0)
+            metric = None if metric is None else metric.mean(dim=0, keepdim=True)
+        return codec.fit(first, metric)
 
     def _encode(self, places: list[tuple[int, int]]) -> Coded:
         """The coded parts of pages that start at (row, offset in `recent`), named by side."""
         coded: Coded = {}
         owners = [self.fit_of[row] for row, _ in places]
-        for side, codec, recent, fit in zip(SIDES, self.codecs, self.recent, self.fits, strict=True):
+        alike = len(set(owners)) == 1
+        for side, codec in enumerate(self.codecs):
+            recent = self.recent[side]
             pages = torch.stack([recent[row, :, start : start + PAGE] for row, start in places])
-            own = {name: tensor[owners] for name, tensor in fit.items()}
-            coded |= {f"{side}.{name}": part for name, part in codec.encode(pages, own).items()}
+            if side == 0 and self._turns:
+                assert self.rotation is not None
+                first = [self.lengths[row] - recent.shape[2] + start for row, start in places]
+                frames = self._frames(torch.tensor(first, device=pages.device), PAGE)
+                pages = self.rotation.undo(pages.float(), frames)
+            own = {name: x[owners[:1] if alike else owners] for name, x in self.fits[side].items()}
+            coded |= {f"{SIDES[side]}.{name}": part for name, part in codec.encode(pages, own).items()}
         return coded
 
     def row_fit(self, side: int) -> Fit:
-        """What was learned of one side (0: keys, 1: values), each [B, H, ...].
+        """What was learned of one side (0: keys, 1: values), each [B, H, ...], or [1, H, ...] where rows share it.
 
         A row without codes gets another row's, which it has no use for; where no row has codes the result means
         nothing.
         """
         owners = [max(place, 0) for place in self.fit_of]
         fit = self.fits[side]
-        if not any(self.coded) or all(owners == list(range(len(t))) for t in fit.values()):
+        if not any(self.coded) or all(len(t) == 1 or owners == list(range(len(t))) for t in fit.values()):
             return fit
         return {name: tensor[owners] for name, tensor in fit.items()}
 
     def blocks(self, pages: int) -> Iterator[Block]:
         """All coded tokens, at most `pages` pages of every row at a time."""
-        table = self.table
+        table, key_fit = self.table, self.row_fit(0)
         sinks = torch.tensor([min(n, self.sinks) for n in self.lengths]).unsqueeze(1)
         start_of_page = table.fill.cumsum(dim=1) - table.fill + sinks
         for first in range(0, table.ids.shape[1], pages):
@@ -172,15 +267,29 @@ class History:
             coded = self.pool.read(ids.clamp_min(0).flatten())
             device = self.recent[0].device
             slots = torch.arange(PAGE)
-            positions = (start_of_page[:, first : first + pages].unsqueeze(2) + slots).flatten(1).to(device)
+            starts = start_of_page[:, first : first + pages]
+            positions = (starts.unsqueeze(2) + slots).flatten(1).to(device)
             full = bool((fill == PAGE).all())
             valid = None if full else (slots < fill.unsqueeze(2)).flatten(1).to(device)
-            yield Block(self._decode(coded, 0, len(ids)), self._decode(coded, 1, len(ids)), positions, valid)
+            key, value = (self._decode(coded, side, len(ids)) for side in (0, 1))
+            if self._turns:
+                assert self.rotation is not None
+                frames = self._frames(starts.flatten(), PAGE).view(positions.shape).to(device)
+                key = self.rotation.apply(self.codecs[0].restore(key, key_fit), frames)
+            yield Block(key, value, positions, valid)
+
+    def absorb(self, query: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Query [B, H, n, D] to ([B, H, n, R_k], what to add to all its scores [B, H, n, 1]) for `blocks`' keys."""
+        return (query, None) if self._turns else self.codecs[0].absorb(query, self.row_fit(0))
+
+    @property
+    def ranks(self) -> tuple[int, int]:
+        """Dimensions of the keys and of the values of `blocks`."""
+        key, value = self.codecs
+        return key.head_dim if self._turns else key.rank, value.rank
 
     def _decode(self, coded: Coded, side: int, rows: int) -> Tensor:
-        prefix = f"{SIDES[side]}."
-        own = {name.removeprefix(prefix): part for name, part in coded.items() if name.startswith(prefix)}
-        y = self.codecs[side].decode(own)
+        y = self.codecs[side].decode(within(coded, f"{SIDES[side]}."))
         return y.unflatten(0, (rows, -1)).transpose(1, 2).flatten(2, 3)
 
     def dense(self, side: int) -> Tensor:
@@ -195,7 +304,10 @@ class History:
         fit = self.row_fit(side)
         pads = torch.tensor(self.pads, device=recent.device).unsqueeze(1)
         for block in self.blocks(ENCODE_PAGES):
-            tokens = self.codecs[side].restore((block.key, block.value)[side], fit).to(recent.dtype)
+            tokens = (block.key, block.value)[side]
+            if side or not self._turns:
+                tokens = self.codecs[side].restore(tokens, fit)
+            tokens = tokens.to(recent.dtype)
             valid = torch.ones_like(block.positions, dtype=torch.bool) if block.valid is None else block.valid
             rows, places = valid.nonzero(as_tuple=True)
             result[rows, :, (block.positions + pads)[rows, places]] = tokens[rows, :, places]
@@ -214,8 +326,11 @@ class History:
         self.table = self.table.crop(over)
         lengths = [max(n - tokens, 0) for n in self.lengths]
         self.pads = [p - (tokens - (n - m)) for p, n, m in zip(self.pads, self.lengths, lengths, strict=True)]
+        left = [max(n - self.sinks, 0) for n in lengths]
+        self.queries = [q[:, :n].clone() for q, n in zip(self.queries, left, strict=True)]
         self.lengths = lengths
-        self.fit_of = [place if c else -1 for place, c in zip(self.fit_of, self.coded, strict=True)]
+        if not self.preset:
+            self.fit_of = [place if c else -1 for place, c in zip(self.fit_of, self.coded, strict=True)]
         self._drop_unused_fits()
 
     def select(self, rows: Tensor) -> None:
@@ -230,7 +345,7 @@ class History:
             raise ValueError(f"row {wrong[0]} is not in a batch of {held}")
         rows = rows % held
         order = rows.tolist()
-        for name in ("lengths", "pads", "fit_of"):
+        for name in ("lengths", "pads", "fit_of", "queries"):
             setattr(self, name, [getattr(self, name)[i] for i in order])
         for name in ("sink", "recent"):
             setattr(self, name, tuple(x.index_select(0, rows.to(x.device)) for x in getattr(self, name)))
@@ -238,6 +353,8 @@ class History:
         self._drop_unused_fits()
 
     def _drop_unused_fits(self) -> None:
+        if self.preset:
+            return
         kept = sorted({place for place in self.fit_of if place >= 0})
         self.fits = tuple({name: tensor[kept] for name, tensor in fit.items()} for fit in self.fits)
         self.fit_of = [kept.index(place) if place >= 0 else -1 for place in self.fit_of]
@@ -247,4 +364,5 @@ class History:
         self.pool.to(device)
         self.sink = tuple(x.to(device) for x in self.sink)
         self.recent = tuple(x.to(device) for x in self.recent)
+        self.queries = [q.to(device) for q in self.queries]
         self.fits = tuple({name: tensor.to(device) for name, tensor in fit.items()} for fit in self.fits)

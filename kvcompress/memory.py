@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from kvcompress.codecs import Geometry
 from kvcompress.spec import DEFAULT_SPEC, CacheSpec, CodecSpec
 from kvcompress.store import PAGE
 
@@ -370,14 +371,17 @@ def _coding(layer: _Layer, spec: CacheSpec, index: int, count: int, dtype: torch
     sides = spec.layer(index, count)  # also where it is not compressed: it checks the spec's layer numbers
     if not layer.compressed:
         return None
-    costs = [_cost(s, dim, dtype) for s, dim in zip((sides.key, sides.value), layer.dims, strict=True)]
+    costs = [
+        _cost(codec, Geometry(dim, side, layer.heads), dtype)
+        for side, (codec, dim) in enumerate(zip((sides.key, sides.value), layer.dims, strict=True))
+    ]
     return _Coding(
         sinks=spec.sinks,
         kept=spec.sinks + spec.window,
         needed=spec.sinks + max(cost.fit_tokens for cost in costs),
         token_bytes=layer.token_bytes,
-        page_bytes=PAGE * layer.heads * sum(cost.vector_bits for cost in costs) / 8,
-        fit_bytes=layer.heads * sum(cost.fit_bytes for cost in costs),
+        page_bytes=PAGE * sum(cost.vector_bits for cost in costs) / 8,
+        fit_bytes=sum(cost.fit_bytes for cost in costs),
     )
 
 
@@ -388,12 +392,12 @@ class _Cost:
     fit_bytes: int
 
 
-def _cost(codec_spec: CodecSpec, head_dim: int, dtype: torch.dtype) -> _Cost:
-    """What one head's vectors cost: bits each, and the bytes of what is learned once from `fit_tokens` tokens."""
-    codec = codec_spec.build(head_dim)
-    learned = codec.fit(torch.zeros(1, 1, max(codec.fit_tokens, 1), head_dim))
-    fit_bytes = sum(x.nbytes for x in learned.values())
-    return _Cost(codec.bits_per_element(dtype) * head_dim, codec.fit_tokens, fit_bytes)
+def _cost(codec_spec: CodecSpec, geometry: Geometry, dtype: torch.dtype) -> _Cost:
+    """What a token costs: bits of all heads' vectors, and bytes of what is learned once from `fit_tokens` tokens."""
+    codec = codec_spec.build(geometry)
+    first = torch.zeros(1, geometry.heads, max(codec.fit_tokens, 1), geometry.head_dim)
+    fit_bytes = sum(x.nbytes for x in codec.fit(first).values())
+    return _Cost(codec.bits_per_element(dtype) * geometry.head_dim * geometry.heads, codec.fit_tokens, fit_bytes)
 
 
 def _trace(config: PreTrainedConfig, dtype: torch.dtype) -> tuple[torch.nn.Module, Cache]:

@@ -200,13 +200,12 @@ def _exact_parts(history: History, device: torch.device) -> Iterator[tuple[tuple
 
 def _codes(tiles: list[Tile], history: History, scores: Scores) -> list[tuple[Tensor, Tensor]]:
     """Coded tokens, each block decoded once for all tiles; queries absorb the synthesis, sums are restored last."""
-    key_codec, value_codec = history.codecs
-    key_fit, value_fit = history.row_fit(0), history.row_fit(1)
-    absorbed = [key_codec.absorb(tile.query, key_fit) for tile in tiles]
-    partials = [Partial(tile.query, value_codec.transform.rank) for tile in tiles]
+    value_fit = history.row_fit(1)
+    absorbed = [history.absorb(tile.query) for tile in tiles]
+    partials = [Partial(tile.query, history.ranks[1]) for tile in tiles]
     pads = torch.tensor(history.pads, device=tiles[0].query.device).unsqueeze(1)
     rows, heads, queries, _ = tiles[0].query.shape
-    width = max(key_codec.transform.rank, value_codec.transform.rank, queries)
+    width = max(*history.ranks, queries)
     for block in history.blocks(max(WORKSPACE // (rows * heads * PAGE * width), 1)):
         columns = (block.positions + pads).clamp_max(history.columns - 1)
         valid = None if block.valid is None else block.valid[:, None, None]
@@ -216,4 +215,4 @@ def _codes(tiles: list[Tile], history: History, scores: Scores) -> list[tuple[Te
             allowed = _both(tile.mask.at(columns), valid)
             partial.add(_finish(raw, scores, allowed, tile.groups), block.value)
     results = (partial.result() for partial in partials)
-    return [(value_codec.restore(mean, value_fit), log) for mean, log in results]
+    return [(history.codecs[1].restore(mean, value_fit), log) for mean, log in results]

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from importlib.metadata import entry_points
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 T = TypeVar("T")
 
@@ -51,3 +52,35 @@ class Registry(Generic[T]):
             self._searched = True
             for point in entry_points(group=self.group):
                 point.load()
+
+
+@dataclass(frozen=True)
+class Family:
+    """A family of codecs.
+
+    build: a function of (CodecSpec, Geometry) that returns the codec. bits: the numbers that the family takes, empty
+    where it has no such choice. parts: how many codecs it may be given to work on. examples: specs, as strings, that
+    stand for the family in lists and in the contract tests.
+    """
+
+    build: Callable[[Any, Any], Any]
+    bits: Sequence[float]
+    parts: Sequence[int]
+    examples: Sequence[str]
+
+    def check(self, name: str, bits: float | None, parts: int) -> None:
+        """Raises ValueError for a number or a count of parts that the family does not take."""
+        if bits is None and self.bits:
+            raise ValueError(f"codec {name!r} needs a number: {_listed(self.bits, name)}")
+        if bits is not None and (isinstance(bits, bool) or bits not in self.bits):
+            accepted = _listed(self.bits) if self.bits else "no number"
+            raise ValueError(f"codec {name!r} takes {accepted}, got {bits!r}")
+        if parts not in self.parts:
+            counts = " or ".join(map(str, self.parts)) if len(self.parts) < 5 else f"{min(self.parts)} or more"
+            raise ValueError(f"codec {name!r} works on {counts} other codecs (written {name}+CODEC), got {parts}")
+
+
+def _listed(numbers: Sequence[float], prefix: str = "") -> str:
+    if isinstance(numbers, range):
+        return f"{prefix}{numbers[0]} to {prefix}{numbers[-1]}"
+    return ", ".join(f"{prefix}{number}" for number in numbers)

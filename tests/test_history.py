@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 
+from kvcompress.codecs import Geometry
 from kvcompress.history import History
 from kvcompress.spec import CodecSpec
 from kvcompress.store import PAGE, PagePool, PageTable
@@ -17,7 +18,7 @@ def gaussian(*shape, seed=0):
 
 
 def make(name="trellis3", window=WINDOW):
-    codec = CodecSpec.parse(name).build(WIDTH)
+    codec = CodecSpec.parse(name).build(Geometry(WIDTH))
     return History(codec, codec, SINKS, window)
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from kvcompress import reference
-from kvcompress.codecs import Band, Codec
+from kvcompress.codecs import Band, Codec, Geometry
 from kvcompress.codecs.lloyd import LloydMax
 from kvcompress.codecs.trellis import Trellis
 from kvcompress.history import History
@@ -41,7 +41,7 @@ class Principal:
 
     rank: int
 
-    def fit(self, centred):
+    def fit(self, centred, metric):
         _, axes = torch.linalg.eigh(centred.mT @ centred)
         return {"axes": axes.flip(-1)[..., : self.rank]}
 
@@ -59,7 +59,7 @@ def banded(head_dim):
 
 
 def codec(name, head_dim):
-    return banded(head_dim) if name == "banded" else CodecSpec.parse(name).build(head_dim)
+    return banded(head_dim) if name == "banded" else CodecSpec.parse(name).build(Geometry(head_dim))
 
 
 def setting(name="trellis3", tokens=1000, chunk=5, rows=2, heads=2, groups=3, width=64, real=None):

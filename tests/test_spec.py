@@ -34,10 +34,10 @@ def test_a_spec_passes_through():
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("trelis3", r"unknown codec 'trelis3'; did you mean 'trellis'\? Known: .*exact, fp8, lloyd, trellis"),
+        ("trelis3", r"unknown codec 'trelis3'; did you mean 'trellis'\? Known: .*exact, fp8, .*lloyd, .*trellis"),
         ("trellis9", "'trellis' takes 1, 2, 3, 4, got 9"),
-        ("trellis", "needs a bit count: trellis1, trellis2"),
-        ("exact3", "takes no bit count, got 3"),
+        ("trellis", "needs a number: trellis1, trellis2"),
+        ("exact3", "takes no number, got 3"),
         ("trellis3,window=-1", "window must be a number of tokens, 0 or more, got -1"),
         ("trellis3,window=many", "window must be a number of tokens, got 'many'"),
         ("trellis3,wndow=3", "cannot read 'wndow=3' in the spec"),
@@ -76,8 +76,9 @@ def test_layers_take_their_own_codecs():
     assert [str(spec.layer(i, 4)) for i in range(4)] == ["exact", "trellis3", "trellis3", "trellis:k4v2"]
     with pytest.raises(ValueError, match=r"names layer 0, but the model has 0|names layer -1, but the model has 0"):
         spec.layer(0, 0)
-    with pytest.raises(ValueError, match="mixes codec families"):
-        str(CacheSpec(layers={0: LayerSpec(CodecSpec("exact"), CodecSpec("fp8"))}))
+    mixed = CacheSpec(layers={0: LayerSpec(CodecSpec("exact"), CodecSpec("fp8"))})
+    assert str(mixed).endswith("layer0.key=exact,layer0.value=fp8")
+    assert CacheSpec.parse(str(mixed)) == mixed
 
 
 def test_a_name_is_registered_once():

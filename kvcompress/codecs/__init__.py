@@ -13,19 +13,29 @@ may be fitted to a row's first tokens, and `Band`s: runs of transformed dimensio
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol, TypeVar
+from typing import Literal, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
+from kvcompress.registry import Family
 from kvcompress.spec import CODECS, CodecSpec
 
 #: What was learned from a row, by name, each [rows, H, ...]: `mean` [.., D], and what the transform adds.
 Fit = dict[str, Tensor]
-#: The stored parts of coded vectors, by name, each [pages, H, tokens, ...].
+#: The stored parts of coded vectors, by name, each [pages, H, ...].
 Coded = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """The vectors that a codec is for: `heads` KV heads of `head_dim`, keys (side 0) or values (side 1)."""
+
+    head_dim: int
+    side: int = 0
+    heads: int = 1
 
 
 class Transform(Protocol):
@@ -34,8 +44,11 @@ class Transform(Protocol):
     @property
     def rank(self) -> int: ...
 
-    def fit(self, centred: Tensor) -> Fit:
-        """What to store of centred tokens [rows, H, F, D]; an empty dict for a fixed transform."""
+    def fit(self, centred: Tensor, metric: Tensor | None) -> Fit:
+        """What to store of centred tokens [rows, H, F, D]; an empty dict for a fixed transform.
+
+        metric: [rows, H, D, D], positive definite, by which errors matter (e^T metric e); None where it is not known.
+        """
 
     def analysis(self, fit: Fit, device: torch.device) -> Tensor | None:
         """[rank, D], or [rows, H, rank, D] where fitted: y = analysis (x - mean). None: the identity."""
@@ -48,7 +61,7 @@ class Quantiser(Protocol):
     """Codes vectors of `width` dimensions, each token by itself or tokens of one page together."""
 
     def encode(self, y: Tensor) -> Coded:
-        """Parts [pages, H, tokens, ...] of vectors [pages, H, tokens, width]."""
+        """Parts [pages, H, ...] of vectors [pages, H, tokens, width]."""
 
     def decode(self, coded: Coded, width: int) -> Tensor:
         """The vectors that the parts stand for, float32 [pages, H, tokens, width]."""
@@ -70,6 +83,10 @@ class Codec:
     """A codec for vectors of `head_dim`.
 
     centred: subtract the mean over the first `fit_tokens` tokens of a row after its sinks, learned exactly once.
+    weighted: whether `fit` has a use for the metric of errors. frame: what rotary position embedding is taken out of
+    keys before they are coded, and put back when they are read: none ("fixed"), that of their page's middle ("page",
+    which queries can absorb once a page) or all of it ("token"). page_wise: tokens of a page share scales, so that a
+    token's codes depend on the others of its page.
     """
 
     head_dim: int
@@ -77,22 +94,32 @@ class Codec:
     bands: tuple[Band, ...]
     centred: bool = True
     fit_tokens: int = 128
+    weighted: bool = False
+    frame: Literal["fixed", "page", "token"] = "fixed"
+    page_wise: bool = False
 
     def __post_init__(self) -> None:
         total = sum(band.width for band in self.bands)
         if total != self.transform.rank:
             raise ValueError(f"the bands cover {total} dimensions, the transform yields {self.transform.rank}")
+        if all(band.quantiser is None for band in self.bands):
+            raise ValueError("a codec needs a band with a quantiser")
 
-    def fit(self, x: Tensor) -> Fit:
-        """Learn from tokens [rows, H, F, D]: mean (float32) and what the transform needs."""
+    @property
+    def rank(self) -> int:
+        """Dimensions of what the codes stand for."""
+        return self.transform.rank
+
+    def fit(self, x: Tensor, metric: Tensor | None = None) -> Fit:
+        """Learn from tokens [rows, H, F, D], and where known the metric [rows, H, D, D] by which errors matter."""
         x = x.float()
         if not self.centred:
-            return self.transform.fit(x)
+            return self.transform.fit(x, metric)
         mean = x.mean(dim=-2)
-        return {"mean": mean, **self.transform.fit(x - mean.unsqueeze(-2))}
+        return {"mean": mean, **self.transform.fit(x - mean.unsqueeze(-2), metric)}
 
     def encode(self, x: Tensor, fit: Fit) -> Coded:
-        """Code tokens [pages, H, tokens, D] with a fit of [pages, H, ...]."""
+        """Code tokens [pages, H, tokens, D] with a fit of [pages or 1, H, ...]."""
         analysis = self.transform.analysis(fit, x.device)
         if self.centred:
             x = x.float() - fit["mean"].unsqueeze(-2)
@@ -105,17 +132,16 @@ class Codec:
 
     def decode(self, coded: Coded) -> Tensor:
         """What the codes stand for, before synthesis: float32 [pages, H, tokens, rank]."""
-        shape = next(iter(coded.values())).shape[:3]
-        device = next(iter(coded.values())).device
-        parts = []
+        parts: list[Tensor | None] = []
         for index, band in enumerate(self.bands):
-            if band.quantiser is None:
-                parts.append(torch.zeros(*shape, band.width, device=device))
-            else:
-                prefix = f"{index}."
-                own = {name.removeprefix(prefix): part for name, part in coded.items() if name.startswith(prefix)}
-                parts.append(band.quantiser.decode(own, band.width))
-        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
+            own = within(coded, f"{index}.")
+            parts.append(None if band.quantiser is None else band.quantiser.decode(own, band.width))
+        known = next(part for part in parts if part is not None)
+        filled = [
+            known.new_zeros(*known.shape[:3], band.width) if part is None else part
+            for band, part in zip(self.bands, parts, strict=True)
+        ]
+        return filled[0] if len(filled) == 1 else torch.cat(filled, dim=-1)
 
     def absorb(self, query: Tensor, fit: Fit) -> tuple[Tensor, Tensor | None]:
         """Query [rows, H, n, D] to ([rows, H, n, rank], the constant [rows, H, n, 1] that the mean adds to scores)."""
@@ -135,18 +161,25 @@ class Codec:
         return bits / self.head_dim
 
 
-Factory = TypeVar("Factory", bound=Callable[[CodecSpec, int], Codec])
+def within(coded: Coded, prefix: str) -> Coded:
+    """The parts whose names start with `prefix`, without it."""
+    return {name.removeprefix(prefix): part for name, part in coded.items() if name.startswith(prefix)}
 
 
-def register(name: str, bits: tuple[int, ...] = ()) -> Callable[[Factory], Factory]:
-    """Decorator of a family's factory (CodecSpec, head_dim) -> Codec: make it known as `name`, taking `bits`."""
+Factory = TypeVar("Factory", bound=Callable[[CodecSpec, Geometry], Codec])
+
+
+def register(
+    name: str, bits: Sequence[float] = (), parts: Sequence[int] = (0,), examples: Sequence[str] = ()
+) -> Callable[[Factory], Factory]:
+    """Decorator of a family's factory (CodecSpec, Geometry) -> Codec: make it known as `name`. See `Family`."""
 
     def add(factory: Factory) -> Factory:
-        factory.bits = bits  # type: ignore[attr-defined]
-        CODECS.register(name)(factory)
+        listed = examples or [f"{name}{number}" for number in bits] or [name]
+        CODECS.register(name)(Family(factory, bits, parts, listed))
         return factory
 
     return add
 
 
-from kvcompress.codecs import exact, fp8, lloyd, trellis  # noqa: E402, F401  (they register themselves)
+from kvcompress.codecs import exact, fp8, lloyd, prerope, spectral, trellis  # noqa: E402, F401  (they register themselves)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kvcompress.codecs import Band, Codec, Coded, register
+from kvcompress.codecs import Band, Codec, Coded, Geometry, register
 from kvcompress.codecs.transforms import Identity
 from kvcompress.spec import CodecSpec
 
@@ -27,5 +27,6 @@ class Raw:
 
 
 @register("exact")
-def build(spec: CodecSpec, head_dim: int) -> Codec:
-    return Codec(head_dim, Identity(head_dim), (Band(head_dim, Raw()),), centred=False, fit_tokens=0)
+def build(spec: CodecSpec, geometry: Geometry) -> Codec:
+    width = geometry.head_dim
+    return Codec(width, Identity(width), (Band(width, Raw()),), centred=False, fit_tokens=0)

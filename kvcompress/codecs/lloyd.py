@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from kvcompress import packing
-from kvcompress.codecs import Band, Codec, Coded, register
+from kvcompress.codecs import Band, Codec, Coded, Geometry, register
 from kvcompress.codecs.lookup import look_up
-from kvcompress.codecs.scale import GAIN_BITS, best_gain, normalise
+from kvcompress.codecs.scale import HALF, Gain, best_gain, normalise
 from kvcompress.codecs.transforms import Hadamard
 from kvcompress.spec import CodecSpec
 
@@ -51,23 +51,24 @@ class LloydMax:
     """Each coordinate to the nearest of 2^bits levels, each vector with its gain."""
 
     bits: int
+    gain: Gain = HALF
 
     def encode(self, y: Tensor) -> Coded:
         levels, borders = codebook(self.bits, y.device)
         codes = torch.bucketize(normalise(y), borders)
-        return {"codes": packing.pack(codes, self.bits), "gain": best_gain(y, look_up(levels, codes))}
+        return {"codes": packing.pack(codes, self.bits), "gain": self.gain.encode(best_gain(y, look_up(levels, codes)))}
 
     def decode(self, coded: Coded, width: int) -> Tensor:
         levels, _ = codebook(self.bits, coded["codes"].device)
         codes = packing.unpack(coded["codes"], self.bits, width)
-        return look_up(levels, codes) * coded["gain"].float().unsqueeze(-1)
+        return look_up(levels, codes) * self.gain.decode(coded["gain"]).unsqueeze(-1)
 
     def vector_bits(self, width: int, dtype: torch.dtype) -> float:
-        return self.bits * width + GAIN_BITS
+        return self.bits * width + self.gain.bits
 
 
 @register("lloyd", bits=tuple(range(1, 9)))
-def build(spec: CodecSpec, head_dim: int) -> Codec:
+def build(spec: CodecSpec, geometry: Geometry) -> Codec:
     assert spec.bits is not None
-    transform = Hadamard(head_dim)
-    return Codec(head_dim, transform, (Band(transform.rank, LloydMax(spec.bits)),))
+    transform = Hadamard(geometry.head_dim)
+    return Codec(geometry.head_dim, transform, (Band(transform.rank, LloydMax(int(spec.bits))),))

@@ -20,7 +20,7 @@ class Identity:
 
     rank: int
 
-    def fit(self, centred: Tensor) -> Fit:
+    def fit(self, centred: Tensor, metric: Tensor | None) -> Fit:
         return {}
 
     def analysis(self, fit: Fit, device: torch.device) -> None:
@@ -49,7 +49,7 @@ class Hadamard:
     def rank(self) -> int:
         return -(-self.head_dim // 8) * 8
 
-    def fit(self, centred: Tensor) -> Fit:
+    def fit(self, centred: Tensor, metric: Tensor | None) -> Fit:
         return {}
 
     def analysis(self, fit: Fit, device: torch.device) -> Tensor:

@@ -24,9 +24,9 @@ import torch
 from torch import Tensor
 
 from kvcompress import packing
-from kvcompress.codecs import Band, Codec, Coded, register
+from kvcompress.codecs import Band, Codec, Coded, Geometry, register
 from kvcompress.codecs.lookup import look_up
-from kvcompress.codecs.scale import GAIN_BITS, best_gain, normalise
+from kvcompress.codecs.scale import HALF, Gain, best_gain, normalise
 from kvcompress.codecs.transforms import Hadamard
 from kvcompress.spec import CodecSpec
 
@@ -132,24 +132,25 @@ class Trellis:
     """Vectors as circular streams of `bits` bits an element, each with its gain."""
 
     bits: int
+    gain: Gain = HALF
 
     def encode(self, y: Tensor) -> Coded:
         table = shipped_table(self.bits, y.device)
         codes = encode(normalise(y).flatten(0, -2), table.levels, table.step, self.bits).view(y.shape)
         shape = look_up(table.values, windows(codes, self.bits))
-        return {"codes": packing.pack(codes, self.bits), "gain": best_gain(y, shape)}
+        return {"codes": packing.pack(codes, self.bits), "gain": self.gain.encode(best_gain(y, shape))}
 
     def decode(self, coded: Coded, width: int) -> Tensor:
         codes = packing.unpack(coded["codes"], self.bits, width)
         values = look_up(shipped_table(self.bits, codes.device).values, windows(codes, self.bits))
-        return values * coded["gain"].float().unsqueeze(-1)
+        return values * self.gain.decode(coded["gain"]).unsqueeze(-1)
 
     def vector_bits(self, width: int, dtype: torch.dtype) -> float:
-        return self.bits * width + GAIN_BITS
+        return self.bits * width + self.gain.bits
 
 
 @register("trellis", bits=(1, 2, 3, 4))
-def build(spec: CodecSpec, head_dim: int) -> Codec:
+def build(spec: CodecSpec, geometry: Geometry) -> Codec:
     assert spec.bits is not None
-    transform = Hadamard(head_dim)
-    return Codec(head_dim, transform, (Band(transform.rank, Trellis(spec.bits)),))
+    transform = Hadamard(geometry.head_dim)
+    return Codec(geometry.head_dim, transform, (Band(transform.rank, Trellis(int(spec.bits))),))

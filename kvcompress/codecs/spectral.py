@@ -1,0 +1,66 @@
+"""`spectral1.5`..`spectral4`: centre, balance, band, trellis.
+
+The balanced components of a head (codecs/balanced.py) fall into bands, strongest first, with bits of their own, so that
+strong components are coded finely and the weakest coarsely or not at all (transform coding; bits by reverse
+water-filling). Every band is coded by the trellis with a gain of one byte a token. Keys are balanced in the frame of
+their page, where statistics do not drift with the position.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from kvcompress.codecs import Band, Codec, Geometry, Quantiser, register
+from kvcompress.codecs.balanced import Balanced
+from kvcompress.codecs.lloyd import LloydMax
+from kvcompress.codecs.scale import LOG
+from kvcompress.codecs.trellis import Trellis
+from kvcompress.spec import CodecSpec
+
+FIT_TOKENS = 512
+UNIT = 16  # dimensions that a band is made of
+
+#: Bits of every quarter of the dimensions, strongest first, by their average.
+PROFILES: dict[float, tuple[int, int, int, int]] = {
+    1.5: (3, 2, 1, 0),
+    2: (3, 2, 2, 1),
+    2.5: (4, 3, 2, 1),
+    3: (4, 3, 3, 2),
+    4: (5, 4, 4, 3),
+}
+
+
+def assemble(head_dim: int, bands: tuple[tuple[int, int], ...]) -> Codec:
+    """The codec with bands of (width, bits), strongest first; zero bits drop a band."""
+    kept = [(width, bits) for width, bits in bands if bits]
+    return Codec(
+        head_dim,
+        Balanced(head_dim, tuple(width for width, _ in kept)),
+        tuple(Band(width, _quantiser(bits)) for width, bits in kept),
+        fit_tokens=FIT_TOKENS,
+        weighted=True,
+    )
+
+
+def _quantiser(bits: int) -> Quantiser:
+    return Trellis(bits, LOG) if bits <= 4 else LloydMax(bits, LOG)
+
+
+def profile(head_dim: int, bits: float) -> tuple[tuple[int, int], ...]:
+    """Bands of (width, bits) for an average; raises ValueError for a head_dim that is no multiple of four units."""
+    if head_dim % (4 * UNIT):
+        raise ValueError(f"head_dim must be a multiple of {4 * UNIT} for spectral codecs, got {head_dim}")
+    bands: list[tuple[int, int]] = []
+    for own in PROFILES[bits]:
+        width = head_dim // 4
+        if bands and bands[-1][1] == own:
+            width += bands.pop()[0]
+        bands.append((width, own))
+    return tuple(bands)
+
+
+@register("spectral", bits=tuple(PROFILES))
+def build(spec: CodecSpec, geometry: Geometry) -> Codec:
+    assert spec.bits is not None
+    codec = assemble(geometry.head_dim, profile(geometry.head_dim, spec.bits))
+    return codec if geometry.side else replace(codec, frame="page")
