@@ -212,7 +212,7 @@ class History:
         for place, row in enumerate(rows):
             fit_of[row] = 0 if self.shared else known + place
         self.fit_of = fit_of
-        self.queries = [q if fit_of[row] < 0 else q[:0, :0] for row, q in enumerate(self.queries)]
+        self.queries = [q if fit_of[row] < 0 else q.new_empty(0, 0, 0) for row, q in enumerate(self.queries)]
 
     def _learn(self, side: int, rows: list[int], held: list[int], metric: Tensor | None) -> Fit:
         """What one side's codec learns of each of the rows, or of all of them together where they share it."""
@@ -226,7 +226,7 @@ class History:
         if self.shared:
             first = first.transpose(0, 1).flatten(1, 2).unsqueeze(0)
             metric = None if metric is None else metric.mean(dim=0, keepdim=True)
-        return codec.fit(first, metric)
+        return {name: x.contiguous() for name, x in codec.fit(first, metric).items()}  # as a saved one is loaded
 
     def _encode(self, places: list[tuple[int, int]]) -> Coded:
         """The coded parts of pages that start at (row, offset in `recent`), named by side."""
@@ -259,23 +259,24 @@ class History:
 
     def blocks(self, pages: int) -> Iterator[Block]:
         """All coded tokens, at most `pages` pages of every row at a time."""
-        table, key_fit = self.table, self.row_fit(0)
+        table, fits = self.table, (self.row_fit(0), self.row_fit(1))
         sinks = torch.tensor([min(n, self.sinks) for n in self.lengths]).unsqueeze(1)
         start_of_page = table.fill.cumsum(dim=1) - table.fill + sinks
-        for first in range(0, table.ids.shape[1], pages):
+        most = int((table.ids >= 0).sum(dim=1).max()) if table.ids.numel() else 0
+        for first in range(0, most, pages):
             ids, fill = table.ids[:, first : first + pages], table.fill[:, first : first + pages]
-            coded = self.pool.read(ids.clamp_min(0).flatten())
+            coded = self.pool.read(ids.where(ids >= 0, ids.max()).flatten())  # a row without pages reads another's
             device = self.recent[0].device
             slots = torch.arange(PAGE)
             starts = start_of_page[:, first : first + pages]
             positions = (starts.unsqueeze(2) + slots).flatten(1).to(device)
             full = bool((fill == PAGE).all())
             valid = None if full else (slots < fill.unsqueeze(2)).flatten(1).to(device)
-            key, value = (self._decode(coded, side, len(ids)) for side in (0, 1))
+            key, value = (self._decode(coded, side, fits[side], len(ids)) for side in (0, 1))
             if self._turns:
                 assert self.rotation is not None
                 frames = self._frames(starts.flatten(), PAGE).view(positions.shape).to(device)
-                key = self.rotation.apply(self.codecs[0].restore(key, key_fit), frames)
+                key = self.rotation.apply(self.codecs[0].restore(key, fits[0]), frames)
             yield Block(key, value, positions, valid)
 
     def absorb(self, query: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -288,9 +289,14 @@ class History:
         key, value = self.codecs
         return key.head_dim if self._turns else key.rank, value.rank
 
-    def _decode(self, coded: Coded, side: int, rows: int) -> Tensor:
-        y = self.codecs[side].decode(within(coded, f"{SIDES[side]}."))
+    def _decode(self, coded: Coded, side: int, fit: Fit, rows: int) -> Tensor:
+        y = self.codecs[side].decode(within(coded, f"{SIDES[side]}."), fit)
         return y.unflatten(0, (rows, -1)).transpose(1, 2).flatten(2, 3)
+
+    def restored(self, block: Block, side: int) -> Tensor:
+        """One side of a block as the model had made it, float32 [B, H, T, D]."""
+        tokens = (block.key, block.value)[side]
+        return tokens if side == 0 and self._turns else self.codecs[side].restore(tokens, self.row_fit(side))
 
     def dense(self, side: int) -> Tensor:
         """All tokens of one side as [B, H, columns, D] in the model's dtype; zeros stand for padding."""
@@ -301,13 +307,9 @@ class History:
             sinks = min(length, self.sinks)
             result[row, :, pad : pad + sinks] = sink[row, :, :sinks]
             result[row, :, self.columns - held[row] :] = recent[row, :, recent.shape[2] - held[row] :]
-        fit = self.row_fit(side)
         pads = torch.tensor(self.pads, device=recent.device).unsqueeze(1)
         for block in self.blocks(ENCODE_PAGES):
-            tokens = (block.key, block.value)[side]
-            if side or not self._turns:
-                tokens = self.codecs[side].restore(tokens, fit)
-            tokens = tokens.to(recent.dtype)
+            tokens = self.restored(block, side).to(recent.dtype)
             valid = torch.ones_like(block.positions, dtype=torch.bool) if block.valid is None else block.valid
             rows, places = valid.nonzero(as_tuple=True)
             result[rows, :, (block.positions + pads)[rows, places]] = tokens[rows, :, places]

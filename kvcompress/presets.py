@@ -21,4 +21,8 @@ class Preset:
         return CacheSpec.parse(self.source)
 
 
-PRESETS: dict[str, Preset] = {}
+PRESETS: dict[str, Preset] = {
+    "quality": Preset("prerope+spectral4", "for when nothing may be lost"),
+    "balanced": Preset("prerope+spectral3", "the default"),
+    "max": Preset("prerope+spectral2", "the least memory at which text stays good"),
+}

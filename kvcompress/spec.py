@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 CODECS: Registry[Family] = Registry("codec", group="kvcompress.codecs")
 
 #: The codecs of a spec that names none: what measures best at about 3 bits (python -m benchmarks quality).
-DEFAULT_SPEC = "trellis:k4v2"
+DEFAULT_SPEC = "prerope+spectral3"
 
 JSON_VERSION = 1
 PER_HEAD = "heads"

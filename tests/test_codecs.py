@@ -152,6 +152,6 @@ def test_centring_pays_off_by_the_energy_of_the_mean():
     for centred in (True, False):
         codec = Codec(128, rank, (Band(128, Trellis(3)),), centred=centred)
         fit = codec.fit(x[:, :, :128])
-        errors.append((codec.restore(codec.decode(codec.encode(x, fit)), fit) - x).square().mean().item())
+        errors.append((codec.restore(codec.decode(codec.encode(x, fit), fit), fit) - x).square().mean().item())
     assert errors[0] == pytest.approx(0.0225, rel=0.05)  # what a unit Gaussian costs at 3 bits
     assert errors[1] > 8 * errors[0]  # the energy is 1 + 9 times as large

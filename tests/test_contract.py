@@ -2,9 +2,12 @@
 
 import pytest
 import torch
+from transformers import LlamaConfig
 
+from kvcompress import CacheSpec, CompressedCache
 from kvcompress.codecs import Geometry
 from kvcompress.history import History
+from kvcompress.reference import Scores
 from kvcompress.spec import CODECS, CodecSpec
 from kvcompress.store import PAGE
 
@@ -13,11 +16,28 @@ SPECS = [(text, side) for name in CODECS for text in CODECS[name].examples for s
 #: Least signal-to-noise ratio in dB on Gaussian vectors of 128, by spec (of keys and of values, or of both alike).
 #: Lloyd-Max's (Max 1960), 0.3 dB less for the estimated gain and mean; for trellis codes what the tables were found to
 #: reach; fp8 keeps 3 bits of mantissa (31 dB). White vectors gain nothing from bands of unequal bits: a spectral codec
-#: has the mean of its bands' noise.
+#: has the mean of its bands' noise. Round-to-nearest on an even grid from the least to the greatest of n Gaussians has
+#: E[range^2] / 12 (2^bits - 1)^2, E[range^2] = 17.6, 22.4, 27.3 for n = 32, 64, 128; 3 dB more where every channel has
+#: its own zero, since a mean as large as the deviation then counts as signal only. kvquant: Lloyd-Max's, and these 3 dB
+#: for keys. nf4 and bnb8: relative errors of 0.092 and 0.011. White vectors lose what low rank drops, nothing more than
+#: the share of the 128 dimensions (256, jointly) that it is; a residual takes a little off its codec's noise; two heads
+#: have the mean of their noise.
 FLOOR: dict[str, float | tuple[float, float]] = {"exact": 120.0, "fp8": 30.0} | {
     f"lloyd{bits}": floor - 0.3 for bits, floor in enumerate((4.4, 9.3, 14.6, 20.2, 26.0, 31.9, 37.8, 43.7), start=1)
 } | {"trellis1": 5.0, "trellis2": 10.7, "trellis3": 16.3, "trellis4": 21.7, "prerope+trellis3": 16.3} | {
     "spectral1.5": 4.0, "spectral2": 9.0, "spectral2.5": 10.0, "spectral3": 13.0, "spectral4": 18.0
+} | {
+    f"turboquant{bits}": floor - 0.3 for bits, floor in enumerate((4.4, 9.3, 14.6, 20.2), start=1)
+} | {
+    "kivi2": (10.8, 7.8), "kivi3": (18.1, 15.2), "kivi4": (24.8, 21.8), "kivi8": (49.4, 46.4),
+    "kvarn2": (9.8, 5.9), "kvarn3": (17.1, 13.3), "kvarn4": (23.7, 19.9),
+} | {
+    f"kvquant{bits}": (floor + 3.0, floor) for bits, floor in enumerate((9.3, 14.6, 20.2), start=2)
+} | {
+    "nf4": 20.5, "bnb8": 38.9,
+} | {
+    "lowrank32": 1.25, "lowrank32+trellis4": 1.2, "lowrank64": 3.0, "jointrank64": 1.25, "jointrank64+trellis4": 1.2,
+    "residual8+trellis2": 10.9, "residual4+kivi2": (10.9, 7.9), "trellis4/trellis3": 18.2,
 }  # fmt: skip
 
 
@@ -39,10 +59,15 @@ class Turn:
         return self.apply(key, -positions)
 
 
+OPTIONAL = {"nf4": "bitsandbytes", "bnb8": "bitsandbytes"}  # packages that a codec's tests are skipped without
+
+
 @pytest.fixture(params=SPECS, ids=lambda spec: f"{spec[0]}-{('key', 'value')[spec[1]]}")
 def make(request):
     """make(head_dim, heads) builds the codec; the test is skipped where the codec says that it takes no such size."""
     text, side = request.param
+    if text in OPTIONAL:
+        pytest.importorskip(OPTIONAL[text])
 
     def build(head_dim, heads=2):
         try:
@@ -78,7 +103,7 @@ def stored(history):
 
 def round_trip(codec, x):
     fit = codec.fit(x)
-    return codec.restore(codec.decode(codec.encode(x, fit)), fit)
+    return codec.restore(codec.decode(codec.encode(x, fit), fit), fit)
 
 
 def test_quality(make):
@@ -94,10 +119,15 @@ def test_quality(make):
 @pytest.mark.parametrize("head_dim", [8, 10, 64, 80, 96, 112, 192, 256])
 def test_every_head_size(make, head_dim):
     x = gaussian(1, 2, 128, head_dim)
-    y = round_trip(make(head_dim), x)
+    codec = make(head_dim)
+    y = round_trip(codec, x)
     assert y.shape == x.shape
     # one bit keeps more than half of the energy; least in a trellis stream of 8 bits, shorter than the code's memory
-    assert ((y - x).square().sum() / x.square().sum()).item() < (0.6 if head_dim < 16 else 0.4)
+    bound = 0.6 if head_dim < 16 else 0.4
+    if "rank" in make.text:  # the strongest directions hold more than their share of it
+        share = codec.rank / (x.shape[1] * head_dim if "joint" in make.text else head_dim)
+        bound = 1 - (1 - bound) * min(share, 1)
+    assert ((y - x).square().sum() / x.square().sum()).item() < bound
 
 
 def small(make):
@@ -133,7 +163,7 @@ def test_attention_absorbs_what_the_codec_does_linearly(make):
     x, query = gaussian(1, 2, 128, width), gaussian(1, 2, 5, width, seed=2)
     codec = make(width)
     fit = codec.fit(x)
-    y = codec.decode(codec.encode(x, fit))
+    y = codec.decode(codec.encode(x, fit), fit)
     absorbed, bias = codec.absorb(query, fit)
     scores = absorbed @ y.mT + (0 if bias is None else bias)
     dense = codec.restore(y, fit)
@@ -160,7 +190,7 @@ def test_nan_stays_in_its_token(make):
     fit = codec.fit(x)
     bad = x.clone()
     bad[0, 0, 5, 3] = torch.nan
-    good, spoilt = (codec.decode(codec.encode(v, fit)) for v in (x, bad))
+    good, spoilt = (codec.decode(codec.encode(v, fit), fit) for v in (x, bad))
     others = torch.arange(128) != 5
     assert torch.equal(good[:, :, others], spoilt[:, :, others])
     assert spoilt[0, 0, 5].isnan().any()
@@ -184,3 +214,32 @@ def test_beams_share_pages(make):
     history.select(torch.tensor([1, 1, 0]))
     assert sum(part.nbytes for _, part in history.pool.parts()) == size
     assert torch.allclose(history.dense(make.side), before[[1, 1, 0]], atol=1e-5)
+
+
+def test_a_saved_cache_goes_on_as_the_original(make, tmp_path):
+    """Saved before the codec is fitted and again after it: the same attention and, in the end, the same codes."""
+    width = small(make)
+    config = LlamaConfig(
+        num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2, head_dim=width, hidden_size=4 * width,
+        attn_implementation="kvcompress",
+    )  # fmt: skip
+    pair = ("exact", make.text) if make.side else (make.text, "exact")
+    metric = torch.eye(width).expand(2, -1, -1)  # of errors of values
+    lengths = (100, 480, 10, 120)  # spectral codecs are fitted in the second chunk
+    x, query = gaussian(2, 2, sum(lengths), width), gaussian(2, 4, sum(lengths), width, seed=2)
+    original, start = CompressedCache(config, CacheSpec(*pair, sinks=4, window=32)), 0
+    saved = original
+    for length in lengths:
+        saved.save(tmp_path / "cache")
+        saved = CompressedCache.load(tmp_path / "cache", config)
+        chunk = slice(start, start := start + length)
+        outputs = []
+        for cache in (original, saved):
+            cache.update(x[:, :, chunk], x[:, :, chunk].flip(2), 0)
+            outputs.append(cache.layers[0].attend(query[:, :, chunk], None, Scores(width**-0.5), lambda *_: metric))
+        assert torch.equal(*outputs)
+    mine, yours = (cache.layers[0].history for cache in (original, saved))
+    assert mine.coded == yours.coded == [(sum(lengths) - 4 - 32) // PAGE * PAGE] * 2
+    assert all(torch.equal(part, stored(yours)[name]) for name, part in stored(mine).items())
+    assert all(torch.equal(mine.dense(side), yours.dense(side)) for side in (0, 1))
+    assert saved.memory().total <= original.memory().total

@@ -130,8 +130,11 @@ class Codec:
                 coded |= {f"{index}.{name}": value for name, value in band.quantiser.encode(part).items()}
         return coded
 
-    def decode(self, coded: Coded) -> Tensor:
-        """What the codes stand for, before synthesis: float32 [pages, H, tokens, rank]."""
+    def decode(self, coded: Coded, fit: Fit) -> Tensor:
+        """What the codes stand for, before synthesis: float32 [pages, H, tokens, rank].
+
+        fit: [rows or 1, H, ...] of the rows that have `pages / rows` pages each, row by row; see `by_page`.
+        """
         parts: list[Tensor | None] = []
         for index, band in enumerate(self.bands):
             own = within(coded, f"{index}.")
@@ -161,6 +164,11 @@ class Codec:
         return bits / self.head_dim
 
 
+def by_page(learned: Tensor, pages: int) -> Tensor:
+    """What was learned of rows [rows or 1, H, ...] for each of their `pages` pages, row by row: [pages, H, ...]."""
+    return learned.repeat_interleave(pages // len(learned), dim=0)
+
+
 def within(coded: Coded, prefix: str) -> Coded:
     """The parts whose names start with `prefix`, without it."""
     return {name.removeprefix(prefix): part for name, part in coded.items() if name.startswith(prefix)}
@@ -182,4 +190,20 @@ def register(
     return add
 
 
-from kvcompress.codecs import exact, fp8, lloyd, prerope, spectral, trellis  # noqa: E402, F401  (they register themselves)
+from kvcompress.codecs import (  # noqa: E402, F401  (they register themselves)
+    bnb,
+    exact,
+    fp8,
+    heads,
+    jointrank,
+    kivi,
+    kvarn,
+    kvquant,
+    lloyd,
+    lowrank,
+    prerope,
+    residual,
+    spectral,
+    trellis,
+    turboquant,
+)
