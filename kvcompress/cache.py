@@ -11,7 +11,8 @@ import copy
 import logging
 from collections import Counter
 from collections.abc import Callable
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -24,6 +25,7 @@ from transformers.cache_utils import (
 )
 
 from kvcompress import basis as bases
+from kvcompress import persist
 from kvcompress.attention import NAME, KVHandle, OutputMetric, as_mask
 from kvcompress.basis import Basis
 from kvcompress.codecs import Geometry
@@ -33,6 +35,9 @@ from kvcompress.reference import Scores, attend
 from kvcompress.rope import Rope
 from kvcompress.spec import DEFAULT_SPEC, CacheSpec, LayerSpec
 from kvcompress.store import PAGE
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 logger = logging.getLogger(__name__)
 
@@ -298,8 +303,8 @@ class CompressedLayer(CacheLayerMixin):
         return MemoryReport(
             codes=storage_bytes(codes),
             scales=storage_bytes(scales),
-            means=storage_bytes(x for name, x in fits if name == "mean"),
-            bases=storage_bytes(x for name, x in fits if name != "mean"),
+            means=storage_bytes(x for name, x in fits if name.split(".")[-1] == "mean"),
+            bases=storage_bytes(x for name, x in fits if name.split(".")[-1] != "mean"),
             tables=storage_bytes([history.table.ids, history.table.fill, *history.pool.index()]),
             exact=storage_bytes([*history.sink, *history.recent, *history.queries, *pending]),
             tokens=max(history.lengths, default=0) + (pending[0].shape[2] if pending else 0),
@@ -351,13 +356,17 @@ class CompressedCache(Cache):
     """
 
     def __init__(self, config: PreTrainedConfig, spec: CacheSpec | str = DEFAULT_SPEC):
-        self.spec = CacheSpec.parse(spec)
-        config = config.get_text_config(decoder=True)
+        spec = CacheSpec.parse(spec)
+        known = bases.load(spec.basis) if spec.basis not in ("prompt", "shared") else {}
+        self._build(config.get_text_config(decoder=True), spec, known)
+
+    def _build(self, config: PreTrainedConfig, spec: CacheSpec, known: dict[int, Basis]) -> None:
+        """Make the layers. known: what was learned before, by layer."""
+        self.spec, self._config = spec, config
         layers: list[Any] = list(DynamicCache(config=config).layers)
         layers = layers or [DynamicLayer() for _ in range(config.num_hidden_layers)]
         self._counts: Counter[str] = Counter()
         self._transaction = Transaction()
-        known = bases.load(self.spec.basis) if self.spec.basis not in ("prompt", "shared") else {}
         for index, layer in enumerate(layers):
             settings = (config, self.spec, index, len(layers), self._counts, known.get(index))
             if type(layer) is DynamicLayer:
@@ -440,6 +449,31 @@ class CompressedCache(Cache):
             self._transaction.undo()
             raise
         self._transaction.close()
+
+    def save(self, path: str | Path) -> None:
+        """Write all that is held to a safetensors file of about `memory()`'s bytes, which `load` reads.
+
+        Pages are written once however many rows share them; those that no row names are left out. A failure leaves no
+        file, and an older one as it was. Takes about as much memory on the host as the file is large, one layer more
+        on the device. Raises ValueError, writing nothing, in the middle of a forward pass and where transformers holds
+        a layer in a way that is not known; OSError or SafetensorError where the file cannot be written.
+        """
+        persist.save(path, self._config, self.spec, self.layers)
+
+    @classmethod
+    def load(cls, path: str | Path, config: PreTrainedConfig, device: torch.device | str | None = None) -> Self:
+        """A cache that goes on where the one that was saved had stopped.
+
+        config: the model's, as for a new cache. device: where all layers go (None: torch's default device, usually the
+        CPU). Raises ValueError where the file is damaged, no saved cache, of another version, or of a model whose
+        geometry, dtype or RoPE is not the config's; weights are not compared.
+        """
+        config = config.get_text_config(decoder=True)
+        spec, states = persist.load(path, config, device)
+        cache = cls.__new__(cls)
+        cache._build(config, spec, {i: state.basis for i, state in enumerate(states) if state.basis is not None})
+        persist.restore(path, cache.layers, states)
+        return cache
 
     def memory(self) -> MemoryReport:
         """Measured bytes of keys and values in all layers; those of stock layers count as exact.

@@ -1,4 +1,4 @@
-"""What `python -m benchmarks quality` measures on: hard variants, documents with facts, synthetic tensors, greedy paths."""
+"""What `python -m benchmarks quality` measures on: hard variants, documents with facts, tensors, greedy paths."""
 
 from __future__ import annotations
 
