@@ -8,8 +8,10 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from benchmarks import frontier
 from benchmarks import quick as quick_job
 from benchmarks.caches import SPECS
+from benchmarks.frontier_subjects import SUBJECTS
 from benchmarks.quick import Settings
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
@@ -62,6 +64,54 @@ def quick(
     except (ValueError, OSError) as error:
         Console(stderr=True).print(f"Error: {error}", style="red", markup=False, soft_wrap=True)
         raise typer.Exit(2) from error
+
+
+@app.command()
+def quality(
+    subjects: Annotated[str, typer.Option(help="what to measure on, with spaces between")] = " ".join(SUBJECTS),
+    contexts: Annotated[
+        str, typer.Option(help="tokens of context, with spaces between; all subjects but the first take the longest")
+    ] = " ".join(map(str, frontier.Settings.contexts)),
+    specs: Annotated[str | None, typer.Option(help="specs to measure  [default: all of ours in the list]")] = None,
+    baselines: Annotated[bool, typer.Option(help="measure the peers' methods and QuantizedCache too")] = True,
+    model: Annotated[
+        str | None, typer.Option(help="model folder or hub id in place of the embedded model  [default: that]")
+    ] = None,
+    text: Annotated[
+        Path | None, typer.Option(help="text file  [default: War and Peace where it is, else held-out library modules]")
+    ] = None,
+    seeds: Annotated[int, typer.Option(help="seeds: other places of the text, facts, hard variants, tensors")] = 3,
+    chunk: Annotated[int, typer.Option(help="tokens fed at a time; an eighth of the context at most")] = 512,
+    greedy: Annotated[int, typer.Option(help="tokens of greedy decoding that are compared; 0: none")] = 64,
+    resume: Annotated[bool, typer.Option("--resume/--fresh", help="go on with the rows that the folder holds")] = True,
+    output: Annotated[Path, typer.Option(help="folder for results.jsonl, frontier.png, pareto.md, reading.md")] = Path(
+        "benchmarks/results/quality"
+    ),
+) -> None:
+    """Every codec and rate on one picture, quality against measured bits; a killed run goes on where it was."""
+    try:
+        settings = frontier.Settings(
+            tuple(subjects.split()),
+            whole_numbers(contexts, "contexts"),
+            None if specs is None else tuple(specs.split()),
+            baselines,
+            model,
+            text,
+            seeds,
+            chunk,
+            greedy,
+        )
+        frontier.run(settings, output, Console(), fresh=not resume)
+    except (ValueError, OSError) as error:
+        Console(stderr=True).print(f"Error: {error}", style="red", markup=False, soft_wrap=True)
+        raise typer.Exit(2) from error
+
+
+def whole_numbers(text: str, what: str) -> tuple[int, ...]:
+    """The numbers of an option; raises ValueError where it holds anything else."""
+    if not all(word.isdecimal() for word in text.split()):
+        raise ValueError(f"{what} must be whole numbers with spaces between, got {text!r}")
+    return tuple(map(int, text.split()))
 
 
 if __name__ == "__main__":

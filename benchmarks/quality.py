@@ -1,7 +1,8 @@
 """Quality through a cache: a text is fed in chunks, teacher forced, and its predictions held against a reference's.
 
 A chunk attends its own tokens exactly and all before it through the cache. That is what makes the comparison fair: a
-QuantizedCache hands back the exact keys of its first call, so that a prefill at once would measure nothing.
+QuantizedCache hands back the exact keys of its first call, so that a prefill at once would measure nothing. These are
+the measures; `python -m benchmarks quality`, which takes them of all caches, is `frontier.run`.
 """
 
 from __future__ import annotations

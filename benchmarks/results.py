@@ -16,7 +16,7 @@ from rich.table import Table
 
 import kvcompress
 
-PACKAGES = ("torch", "transformers", "optimum-quanto", "hqq")
+PACKAGES = ("torch", "transformers", "optimum-quanto", "hqq", "bitsandbytes")
 
 
 @dataclass(frozen=True)

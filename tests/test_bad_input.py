@@ -16,7 +16,7 @@ from kvcompress.cache import CompressedLayer
 from tests.families import build, coded_pages, left_padded, prompt
 
 EXACT = CacheSpec(key="exact", value="exact", sinks=4, window=32)
-TRELLIS = CacheSpec(window=32)
+TRELLIS = CacheSpec("trellis4", "trellis2", window=32)
 LONG = 180  # tokens: pages with either codec
 LAYERS = 4
 

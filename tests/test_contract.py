@@ -25,7 +25,7 @@ SPECS = [(text, side) for name in CODECS for text in CODECS[name].examples for s
 FLOOR: dict[str, float | tuple[float, float]] = {"exact": 120.0, "fp8": 30.0} | {
     f"lloyd{bits}": floor - 0.3 for bits, floor in enumerate((4.4, 9.3, 14.6, 20.2, 26.0, 31.9, 37.8, 43.7), start=1)
 } | {"trellis1": 5.0, "trellis2": 10.7, "trellis3": 16.3, "trellis4": 21.7, "prerope+trellis3": 16.3} | {
-    "spectral1.5": 4.0, "spectral2": 9.0, "spectral2.5": 10.0, "spectral3": 13.0, "spectral4": 18.0
+    "spectral1.5": 4.0, "spectral2": 9.0, "spectral2.5": 10.0, "spectral3": 13.0, "spectral3.5": 15.0, "spectral4": 18.0
 } | {
     f"turboquant{bits}": floor - 0.3 for bits, floor in enumerate((4.4, 9.3, 14.6, 20.2), start=1)
 } | {

@@ -118,6 +118,26 @@ def test_trellis3_logits(family: str, padded: bool):
     assert 1e-4 < error < 0.25
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_default_spec(family: str):
+    """Bases are learned and codes are read in every family: below a tenth of the logits' spread on random models, and
+    the same, but for rounding, however the prompt is cut.
+    """
+    ours, ids = model(family), prompt(1, 700, seed=3)
+    found = {}
+    for chunk in (310, 100):  # both end with tokens that attend to codes
+        cache = CompressedCache(ours.config)
+        with torch.no_grad():
+            pieces = [ours(part, past_key_values=cache).logits for part in ids.split(chunk, dim=1)]
+        found[chunk] = torch.cat(pieces, dim=1)[:, -50:]
+        assert cache.memory().coded_elements > 0
+    with torch.no_grad():
+        expected = ours(ids, past_key_values=DynamicCache(config=ours.config)).logits[:, -50:]
+    error = float((found[310] - expected).square().mean().sqrt() / expected.std())
+    assert 1e-4 < error < 0.25
+    assert float((found[310] - found[100]).square().mean().sqrt() / expected.std()) < 0.25
+
+
 @pytest.mark.parametrize(
     "config",
     [MambaConfig(num_hidden_layers=2), Mamba2Config(num_hidden_layers=2), MistralConfig(sliding_window=16)],

@@ -15,7 +15,7 @@ from kvcompress.generation import unwrap, wrap
 from tests.families import build, coded_pages, left_padded, prompt
 
 EXACT = CacheSpec(key="exact", value="exact", sinks=4, window=32)
-TRELLIS = CacheSpec(window=32)
+TRELLIS = CacheSpec("trellis4", "trellis2", window=32)
 SPECS = {"exact": EXACT, "trellis3": TRELLIS}
 LONG, SHORT, NEW = 180, 140, 24  # tokens: both rows have pages with either codec (trellis3 waits for 4 + 128)
 TOLERANCE = 1e-5

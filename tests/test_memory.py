@@ -13,6 +13,7 @@ from transformers import AutoConfig, DeepseekV3Config, DynamicCache, Gemma2Confi
 
 import kvcompress
 from kvcompress import CacheSpec
+from kvcompress.codecs import Geometry
 from kvcompress.memory import PlanRow, load_config, parse_count, parse_size, plan, storage_bytes
 from kvcompress.store import PAGE
 
@@ -47,7 +48,7 @@ def tiny_llama() -> LlamaConfig:
 
 @pytest.fixture(scope="module")
 def big_plan() -> kvcompress.Plan:
-    return plan(llama_8b(), context="1M")
+    return plan(llama_8b(), context="1M", spec="trellis3")
 
 
 def row(of: kvcompress.Plan, context: int) -> PlanRow:
@@ -125,8 +126,8 @@ class TestLlama:
         assert big_plan.largest_context_uncompressed == available // (128 * 1024)
         largest = big_plan.largest_context_compressed
         assert largest is not None
-        assert row(plan(llama_8b(), context=largest), largest).fits_compressed
-        assert not row(plan(llama_8b(), context=largest + PAGE), largest + PAGE).fits_compressed
+        assert row(plan(llama_8b(), context=largest, spec="trellis3"), largest).fits_compressed
+        assert not row(plan(llama_8b(), context=largest + PAGE, spec="trellis3"), largest + PAGE).fits_compressed
         assert [(r.context <= 2**18, True) for r in big_plan.rows] == [
             (r.fits_uncompressed, r.fits_compressed) for r in big_plan.rows
         ]
@@ -164,10 +165,22 @@ class TestLlama:
         assert "the config states 131,072 positions" in text
 
 
-@pytest.mark.parametrize("spec", ["trellis3", "trellis:k4v2,sinks=0,window=0", "fp8", "exact", "lloyd2,window=33"])
+@pytest.mark.parametrize(
+    "spec",
+    [
+        "trellis3",
+        "trellis:k4v2,sinks=0,window=0",
+        "fp8",
+        "exact",
+        "lloyd2,window=33",
+        "spectral3",
+        "key=kivi2,value=jointrank32",
+        "trellis4/trellis2",
+    ],
+)
 @pytest.mark.parametrize("tokens", [5, 130, 500, 777])
 def test_a_plan_bounds_what_a_real_cache_holds(spec: str, tokens: int) -> None:
-    """From above, to within a page of exact tokens, or the 128 that a codec learns from where the window is short."""
+    """From above, to within a page of exact tokens, or those that a codec learns from beyond the window."""
     config = tiny_llama()
     cache = kvcompress.CompressedCache(config, spec)
     model = LlamaForCausalLM(config).eval()
@@ -179,7 +192,11 @@ def test_a_plan_bounds_what_a_real_cache_holds(spec: str, tokens: int) -> None:
     token = 2 * 2 * 2 * 2 * 32 * 4  # rows, layers, sides, heads, numbers, bytes
     assert planned.uncompressed == held.uncompressed
     assert in_memory <= planned.compressed
-    assert planned.compressed <= in_memory + token * max(PAGE, 128 - CacheSpec.parse(spec).window)
+    parsed = CacheSpec.parse(spec)
+    learned = max(
+        codec.build(Geometry(32, side, 2)).fit_tokens for side, codec in enumerate((parsed.key, parsed.value))
+    )
+    assert planned.compressed <= in_memory + token * max(PAGE, learned - parsed.window)
 
 
 def test_sliding_layers_stop_growing() -> None:

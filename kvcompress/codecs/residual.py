@@ -5,6 +5,10 @@ the metric by which errors matter where that is known, and cost 16 R / D bits an
 paper: directions are learned once from the first tokens, not anew for every chunk, so that only the coefficients are
 stored for each token; and there are no sparse outliers.
 
+When it pays: where CODEC leaves errors of few directions, as coarse grids without a rotation do beside outlier channels
+(`kivi2`: 6 dB and more by 8 directions, `pytest tests/test_lowrank.py -k coarse_grid`). Rotated codecs leave white
+noise, of which R of D directions are R / D. Where CODEC can have another bit instead, that bit is worth more.
+
 What codes stand for is [z, c], CODEC's and the coefficients', and the synthesis [S | B]: attention absorbs it as it
 does any other transform.
 """
