@@ -27,7 +27,7 @@ from kvcompress.history import SIDES, History
 from kvcompress.store import PAGE, PageTable
 
 if TYPE_CHECKING:
-    from kvcompress.cache import CompressedLayer
+    from kvcompress.layer import CompressedLayer
 
 TOLERANCE = 1e-3  # of its norm, between what a page is decoded to on one device and on another
 
@@ -240,7 +240,7 @@ COMPRESSED = Part(_take_compressed, _put_compressed)
 SLIDING = Part(_take_sliding, _put_sliding)
 LINEAR = Part(_take_linear, _put_linear)
 
-MODULES = ("kvcompress.cache", "transformers.cache_utils")
+MODULES = ("kvcompress.layer", "transformers.cache_utils")
 #: By the names of their classes, since releases of transformers differ in which they have.
 KINDS: dict[str, tuple[Part, ...]] = {
     "CompressedLayer": (COMPRESSED,),

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
 from kvcompress import CacheSpec, CompressedCache
-from kvcompress.cache import CompressedLayer
+from kvcompress.layer import CompressedLayer
 from tests.families import build, coded_pages, left_padded, prompt
 
 EXACT = CacheSpec(key="exact", value="exact", sinks=4, window=32)

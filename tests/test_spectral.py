@@ -97,7 +97,9 @@ def test_bands_cover_every_head_size(head_dim, bits):
     assert sum(width for width, _ in bands) == head_dim
     assert all(width % 8 == 0 for width, _ in bands)
     average = sum(width * own for width, own in bands) / head_dim
-    assert abs(average - bits) <= (0 if head_dim % 64 == 0 else 8 / head_dim + 1e-9)  # half a bit of the last unit, 16 wide
+    assert abs(average - bits) <= (
+        0 if head_dim % 64 == 0 else 8 / head_dim + 1e-9
+    )  # half a bit of the last unit, 16 wide
 
 
 def test_other_head_sizes_are_refused():
