@@ -9,7 +9,8 @@ Its use::
 from kvcompress import models
 from kvcompress.cache import CompressedCache
 from kvcompress.generation import unwrap, wrap
-from kvcompress.memory import MemoryReport, Plan, plan
+from kvcompress.memory import MemoryReport
+from kvcompress.planning import Plan, plan
 from kvcompress.spec import DEFAULT_SPEC, CacheSpec, CodecSpec, LayerSpec
 
 __version__ = "0.1.0"

@@ -99,13 +99,13 @@ class TestGenerate:
         assert out.partition("\n")[0].split() == expected.split()
 
     def test_ends_with_the_memory_that_the_cache_took(self, embedded: LlamaForCausalLM) -> None:
-        out = run("generate", long_prompt(300), "--max-new-tokens", "5", "--device", "cpu")
-        assert "cache of 304 tokens" in out  # the last new token is never fed back
+        out = run("generate", long_prompt(700), "--max-new-tokens", "5", "--device", "cpu")
+        assert "cache of 704 tokens" in out  # the last new token is never fed back
         assert "bits per coded element" in out
 
     def test_default_spec_compresses(self, embedded: LlamaForCausalLM) -> None:
-        default = run("generate", long_prompt(), "--max-new-tokens", "2", "--device", "cpu")
-        named = run("generate", long_prompt(), "--max-new-tokens", "2", "--spec", str(kvcompress.DEFAULT_SPEC))
+        default = run("generate", long_prompt(700), "--max-new-tokens", "2", "--device", "cpu")
+        named = run("generate", long_prompt(700), "--max-new-tokens", "2", "--spec", str(kvcompress.DEFAULT_SPEC))
         assert default == named
 
     def test_prompt_from_standard_input(self, embedded: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch) -> None:

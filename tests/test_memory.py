@@ -14,7 +14,8 @@ from transformers import AutoConfig, DeepseekV3Config, DynamicCache, Gemma2Confi
 import kvcompress
 from kvcompress import CacheSpec
 from kvcompress.codecs import Geometry
-from kvcompress.memory import PlanRow, load_config, parse_count, parse_size, plan, storage_bytes
+from kvcompress.memory import storage_bytes
+from kvcompress.planning import PlanRow, load_config, parse_count, parse_size, plan
 from kvcompress.store import PAGE
 
 GIB = 2**30
