@@ -1,4 +1,4 @@
-"""The `kvcompress` command: generate text with a compressed cache, plan memory, list the codecs.
+"""The `kvcompress` command: generate text with a compressed cache, plan memory, calibrate specs, list the codecs.
 
 What a user can get wrong ends in one line on stderr and exit code 2; anything else is a bug and shows its traceback.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
@@ -190,6 +191,59 @@ def plan(
 
     chosen = kvcompress.CacheSpec.parse(spec or kvcompress.DEFAULT_SPEC)
     print(kvcompress.plan(model, context, chosen, gpu, batch=batch, weight_bits=weight_bits, reserve=reserve))
+
+
+@app.command()
+def calibrate(
+    model: Annotated[
+        str | None, typer.Argument(help="Folder or Hugging Face id; without it, the small model in this package.")
+    ] = None,
+    text: Annotated[Path | None, typer.Option(help="Text such as the model will read, UTF-8; needed.")] = None,
+    bits: Annotated[float | None, typer.Option(help="Average to allot, over all elements; 3 where not said.")] = None,
+    codec: Annotated[
+        str | None, typer.Option(help="What to allot, without its number: trellis, spectral, prerope+trellis.")
+    ] = None,
+    heads: Annotated[bool, typer.Option("--heads", help="Allot bits to each KV head by itself.")] = False,
+    energy: Annotated[
+        float | None, typer.Option(help="Instead of bits: the share that the ranks of --codec lowrank keep.")
+    ] = None,
+    spec: Annotated[
+        str | None, typer.Option("--spec", help="Allot nothing, only learn this spec's bases; with --basis.")
+    ] = None,
+    basis: Annotated[
+        Path | None, typer.Option(help="Learn means and bases too, and write them to this .safetensors file.")
+    ] = None,
+    output: Annotated[Path, typer.Option(help="The JSON file to write, for --spec of other commands.")] = Path(
+        "calibrated.json"
+    ),
+    context: Annotated[int, typer.Option(min=1024, help="Tokens of each passage measured.")] = 4096,
+    passages: Annotated[
+        int, typer.Option(min=1, help="Passages to measure layers on, and as many others to compare specs on.")
+    ] = 1,
+    seed: Annotated[int, typer.Option(help="Draws the passages from the text.")] = 0,
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps; auto: a GPU where there is one.")] = "auto",
+    dtype: Annotated[Dtype, typer.Option(help="The model's; auto: as it is stored.")] = "auto",
+) -> None:
+    """Find how many bits each layer's keys and values need, from a text: writes a spec that other commands take.
+
+    Every layer's keys and values are coded alone and the KL divergence of the model's predictions is measured; bits are
+    allotted under the average, compared with plain specs on other passages, and the best is written.
+
+    \b
+    Examples:
+      kvcompress calibrate Qwen/Qwen3-0.6B --text book.txt --bits 3 --output qwen.json
+      kvcompress calibrate --text book.txt --codec lowrank --energy 0.95
+      kvcompress calibrate --text book.txt --spec spectral3 --basis spectral3.safetensors
+    """
+    from kvcompress import calibrate_command
+    from kvcompress.divergence import Text
+
+    wanted = calibrate_command.Wanted(bits, energy, spec, codec, heads, basis, output, context, passages, seed)
+    if text is None:
+        raise ValueError("calibrate needs --text FILE: text such as the model will read, a book's worth or less")
+    content, place = text.read_text("utf-8"), _device(device)
+    network, tokenizer = _load(model, dtype)
+    calibrate_command.run(network.to(place), Text.encode(tokenizer, content), wanted)
 
 
 @app.command()

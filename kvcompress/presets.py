@@ -25,4 +25,7 @@ PRESETS: dict[str, Preset] = {
     "quality": Preset("prerope+spectral4", "for when nothing may be lost"),
     "balanced": Preset("prerope+spectral3", "the default"),
     "max": Preset("prerope+spectral2", "the least memory at which text stays good"),
+    # cat austen--emma.txt darwin--on-the-origin-of-species.txt > books.txt
+    # kvcompress calibrate --text books.txt --bits 3 --output kvcompress/embedded/trellis-auto3.json
+    "trellis:auto3": Preset("trellis-auto3.json", "an example: what calibrate gave the embedded model at 3 bits"),
 }
