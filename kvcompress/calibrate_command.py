@@ -119,7 +119,7 @@ def losses_table(found: Calibration) -> Table:
 
 
 def candidates_table(found: Calibration) -> Table:
-    """What was compared: bits on average, of what is coded with overheads, of all that is held; KL, and the losses' sum."""
+    """What was compared: bits on average, of what is coded with overheads, of all held; KL, and the losses' sum."""
     table = Table(title="compared on other passages: bits per element, KL in 1e-4 nats a token")
     table.add_column("spec", no_wrap=True)
     for head in ("average", "coded", "held", "KL", "predicted", ""):

@@ -248,10 +248,11 @@ def calibrate(
 
 @app.command()
 def specs() -> None:
-    """List the codecs with the bits that they take, and how a spec is written."""
+    """List the codecs with the bits that they take, the presets, and how a spec is written."""
     import kvcompress.spec
 
     _print_codecs()
+    _print_presets()
     grammar = (kvcompress.spec.__doc__ or "").partition("::")[2].strip("\n")
     print(f"\nA spec names codecs and settings; the default is {kvcompress.DEFAULT_SPEC}.\n\n{grammar.rstrip()}")
 
@@ -267,7 +268,22 @@ def _print_codecs() -> None:
     for name in CODECS:
         what = (sys.modules[CODECS[name].build.__module__].__doc__ or "").partition("\n")[0]
         for position, example in enumerate(CODECS[name].examples):
-            table.add_row(example, *_codec_bits(example), "" if position else what)
+            try:
+                table.add_row(example, *_codec_bits(example), "" if position else what)
+            except ValueError as error:  # what it needs is not installed
+                table.add_row(example, "-", "-", str(error))
+    Console().print(table)
+
+
+def _print_presets() -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    from kvcompress.presets import PRESETS
+
+    table = Table("preset", "spec", "what it is")
+    for name, preset in PRESETS.items():
+        table.add_row(name, preset.source, preset.what)
     Console().print(table)
 
 

@@ -188,7 +188,7 @@ class TestPlanAndSpecs:
     def test_specs_lists_every_codec_and_the_grammar(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("COLUMNS", "200")
         out = run("specs")
-        for name in ("exact", "fp8", "lloyd1", "lloyd8", "trellis2", "trellis3", "trellis4"):
+        for name in ("exact", "fp8", "lloyd8", "trellis3", "spectral2.5", "kivi2", "nf4", "balanced", "trellis:auto3"):
             assert name in out
         assert "3.125" in out  # trellis3 at head_dim 128: 3 bits and a scale of 16 bits
         assert "SETTING :=" in out
@@ -196,7 +196,7 @@ class TestPlanAndSpecs:
 
 
 class TestHelp:
-    @pytest.mark.parametrize("command", ["generate", "plan", "specs"])
+    @pytest.mark.parametrize("command", ["generate", "plan", "calibrate", "specs"])
     def test_each_command_has_help(self, command: str) -> None:
         out = run(command, "--help")
         assert f"kvcompress {command}" in out or command == "specs"
