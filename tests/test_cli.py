@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import subprocess
 import sys
 from pathlib import Path
@@ -193,6 +194,14 @@ class TestPlanAndSpecs:
         assert "3.125" in out  # trellis3 at head_dim 128: 3 bits and a scale of 16 bits
         assert "SETTING :=" in out
         assert str(kvcompress.DEFAULT_SPEC) in out
+
+    def test_specs_says_what_a_codec_lacks(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        found = importlib.util.find_spec
+        monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "bitsandbytes" else found(name))
+        monkeypatch.setenv("COLUMNS", "200")
+        out = run("specs")
+        assert "the codec nf4 needs bitsandbytes" in out
+        assert "trellis4" in out
 
 
 class TestHelp:
