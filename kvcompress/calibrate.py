@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from kvcompress.budget import Part, allot, average, splits, to_spec
 from kvcompress.codecs import Geometry
 from kvcompress.divergence import Judge, Measured, Text
-from kvcompress.learning import find_parts
+from kvcompress.learning import coded_from, find_parts
 from kvcompress.spec import CODECS, CacheSpec, CodecSpec
 from kvcompress.store import PAGE
 
@@ -75,7 +75,7 @@ def calibrate(
     codec: a codec without its last number (trellis, spectral, prerope+trellis), whose numbers are bits. heads: a number
     for each KV head. context: tokens of a passage, and where sinks and windows are compared at equal effective bits.
     count: passages to measure the parts on, and as many others to compare on; seed draws them. Raises ValueError for a
-    family without such numbers, bits that it does not reach, or a text that is too short.
+    family without such numbers, bits that it does not reach, a context that is too short to meet codes, or such a text.
     """
     numbers = choices(codec, bits)
     texts = text.passages(2 * count, context, seed)
@@ -83,8 +83,10 @@ def calibrate(
     plain = splits(parts, numbers, bits)
     total = len(parts) * len(numbers) + 1 + len(plain) + len(SINKS) + len(WINDOWS)
     search = _Search(model, codec, bits, total, progress)
-    search.take_losses(Judge(model, texts[::2]), parts, numbers)
-    judge = Judge(model, texts[1::2])
+    finest = numbered(codec, numbers[-1])
+    begin = coded_from(model, CacheSpec(finest, finest, max(SINKS), max(WINDOWS)))
+    search.take_losses(Judge(model, texts[::2], begin), parts, numbers)
+    judge = Judge(model, texts[1::2], begin)
     search.try_numbers(judge, plain)
     for sinks in SINKS:
         search.try_ends(judge, sinks, search.winner.spec.window)

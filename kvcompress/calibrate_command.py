@@ -136,8 +136,9 @@ def _rank(model: PreTrainedModel, text: Text, wanted: Wanted, codec: str, energy
     ranks = learning.ranks_by_energy(model, text, codec, energy, wanted.seed)
     unit = learning.LEAST_RANK
     even = dict.fromkeys(ranks, max(round(average(ranks) / unit), 1) * unit)
-    judge = Judge(model, text.passages(wanted.passages, wanted.context, wanted.seed))
     specs = [learning.with_ranks(codec, own) for own in (ranks, even)]
+    passages = text.passages(wanted.passages, wanted.context, wanted.seed)
+    judge = Judge(model, passages, learning.coded_from(model, specs[0]))
     chosen = Table("layer", "side", "rank", title=f"ranks that keep {energy:.1%} of the energy")
     for part, rank in ranks.items():
         chosen.add_row(*_names(part), str(rank))

@@ -22,7 +22,6 @@ from kvcompress.cache import CompressedCache
 from kvcompress.spec import CacheSpec
 
 CHUNK = 512  # tokens
-SHORTEST = 2 * CHUNK
 MOST_LOGITS = 2**26  # of all passages together (float32, 256 MB): positions are thinned evenly to that
 
 
@@ -82,15 +81,22 @@ class Measured:
 
 
 class Judge:
-    """Holds what a model predicts without compression on passages [1, N], all of one length, SHORTEST or more."""
+    """Holds what a model predicts without compression on passages [1, N], all of one length.
 
-    def __init__(self, model: PreTrainedModel, texts: Sequence[Tensor]):
+    coded_from: tokens that a cache sees before it codes any (`learning.coded_from`); what is predicted up to there is
+    not scored. Raises ValueError for passages less than twice as long.
+    """
+
+    def __init__(self, model: PreTrainedModel, texts: Sequence[Tensor], coded_from: int = CHUNK):
         self.model, self.texts = model, [text.to(model.device) for text in texts]
         self.context = texts[0].shape[1]
         vocabulary = model.config.get_text_config(decoder=True).vocab_size
-        if self.context < SHORTEST:
-            raise ValueError(f"a passage must have {SHORTEST} tokens or more to meet enough codes, got {self.context}")
-        first, last = max(self.context // 4, CHUNK), self.context - 1  # what comes before meets few codes or none
+        if self.context < 2 * coded_from:
+            raise ValueError(
+                f"a passage must have {2 * coded_from} tokens or more, since codes are met after {coded_from}, "
+                f"got a --context of {self.context}"
+            )
+        first, last = max(self.context // 4, coded_from), self.context - 1  # early predictions meet few codes
         count = max(1, min(last - first + 1, MOST_LOGITS // (vocabulary * len(texts))))
         self.positions = torch.linspace(first, last, count, dtype=torch.float64).round().long()
         self.reference = [self._predict(text, DynamicCache(config=model.config)) for text in self.texts]

@@ -104,7 +104,7 @@ class CompressedLayer(CacheLayerMixin):
             self.spec.window,
             shared=self.spec.basis == "shared",
             preset=None if self.basis is None else self.basis.to(key_states.device),
-            rotation=None if key.frame == "fixed" else Rope.of(self.config, key.head_dim),
+            rotation=None if key.frame == "fixed" else Rope.of(self.config, key.head_dim, self.index),
         )
         self.dtype, self.device = key_states.dtype, key_states.device
         self.is_initialized = True

@@ -38,6 +38,12 @@ def find_parts(model: PreTrainedModel, heads: bool = False) -> list[Part]:
     return parts
 
 
+def coded_from(model: PreTrainedModel, spec: CacheSpec) -> int:
+    """Tokens of a text fed in chunks of CHUNK after which a cache holds codes."""
+    fit_tokens = max(history.fit_tokens for history in _probe(model, spec).values())
+    return -(-(spec.sinks + max(fit_tokens, spec.window + PAGE)) // CHUNK) * CHUNK
+
+
 def learn_basis(model: PreTrainedModel, text: Text, spec: CacheSpec, seed: int = 0) -> dict[int, Basis]:
     """What the codecs of a spec learn from ROWS passages together, by layer, for `basis.save`.
 

@@ -20,14 +20,29 @@ from transformers import PreTrainedConfig
 
 logger = logging.getLogger(__name__)
 
+#: Models that rotate the keys of sliding layers only, which no field of their configs says.
+UNROTATED_WHERE_FULL = frozenset({"afmoe", "cohere2", "exaone4", "exaone_moe", "flint", "kolibri1"})
+
+
+def rotates(config: PreTrainedConfig, layer: int) -> bool:
+    """Whether a layer's keys have a rotary position embedding."""
+    if not getattr(config, "rope_parameters", None):
+        return False
+    listed = getattr(config, "no_rope_layers", None)  # SmolLM3: 0 for a layer without
+    if listed:
+        return bool(listed[layer])
+    if config.model_type not in UNROTATED_WHERE_FULL or getattr(config, "sliding_window", None) is None:
+        return True
+    return bool(config.layer_types[layer] != "full_attention")
+
 
 class Rope:
     """The rotation of one model's keys of `width` dimensions; raises ValueError where it cannot be undone."""
 
     @classmethod
-    def of(cls, config: PreTrainedConfig, width: int) -> Rope | None:
-        """The rotation of a model's keys; None where they have none, or, which is logged, none that can be undone."""
-        if not getattr(config, "rope_parameters", None):
+    def of(cls, config: PreTrainedConfig, width: int, layer: int = 0) -> Rope | None:
+        """The rotation of a layer's keys; None where they have none, or, which is logged, none that can be undone."""
+        if not rotates(config, layer):
             return None
         try:
             return cls(config, width)
@@ -36,14 +51,16 @@ class Rope:
             return None
 
     def __init__(self, config: PreTrainedConfig, width: int):
-        module = importlib.import_module(type(config).__module__.replace("configuration_", "modeling_"))
-        kinds = [x for n, x in vars(module).items() if n.endswith("RotaryEmbedding") and isinstance(x, type)]
-        function = getattr(module, "apply_rotary_pos_emb", None)
-        if len(kinds) != 1 or function is None:
-            raise ValueError(f"the RoPE of {config.model_type} cannot be taken out of its keys: it has no usual form")
-        self._function: Callable[..., Any] = function
-        self._embedding: Any = kinds[0](config=config)
-        layered = isinstance(self._embedding.rope_type, dict)
+        try:  # a model from elsewhere may have another module, or an embedding that is made otherwise
+            module = importlib.import_module(type(config).__module__.replace("configuration_", "modeling_"))
+            kinds = [x for n, x in vars(module).items() if n.endswith("RotaryEmbedding") and isinstance(x, type)]
+            (kind,) = kinds
+            self._function: Callable[..., Any] = module.apply_rotary_pos_emb
+            self._embedding: Any = kind(config=config)
+            layered = isinstance(self._embedding.rope_type, dict)
+        except Exception as error:
+            what = f"the RoPE of {config.model_type} cannot be taken out of its keys: it has no usual form"
+            raise ValueError(what) from error
         self._layer_type = ("full_attention",) if layered else ()
         held = dict.fromkeys(self._embedding.rope_type, "default") if layered else "default"
         self._embedding.rope_type = held  # dynamic kinds would change their frequencies between writing and reading
@@ -51,8 +68,9 @@ class Rope:
 
     def _probe(self, config: PreTrainedConfig, width: int) -> None:
         """Raises ValueError unless a rotation is undone to float32's precision."""
-        key = torch.randn(1, 1, 4, width, generator=torch.Generator().manual_seed(0))
-        positions = torch.tensor([[0, 1, 77, 1000]])
+        cpu = torch.device("cpu")  # whatever the default device and dtype are
+        key = torch.randn(1, 1, 4, width, generator=torch.Generator(cpu).manual_seed(0), dtype=torch.float32, device=cpu)
+        positions = torch.tensor([[0, 1, 77, 1000]], device=cpu)
         try:
             undone = torch.allclose(self.undo(self.apply(key, positions), positions), key, atol=1e-4)
         except Exception:  # of a model's own code, for keys that are not of the form it rotates (MLA)

@@ -54,6 +54,10 @@ class CodecSpec:
 
     def __post_init__(self) -> None:
         CODECS[self.name].check(self.name, self.bits, len(self.parts))
+        if isinstance(self.bits, float) and self.bits.is_integer():
+            object.__setattr__(self, "bits", int(self.bits))  # one string for one codec
+        if any(part.name == PER_HEAD for part in self.parts):
+            raise ValueError(f"codecs for each head cannot be a part of {self.name!r}: write A+B/A+C, not A+(B/C)")
 
     @classmethod
     def parse(cls, text: str) -> CodecSpec:
@@ -155,6 +159,7 @@ class CacheSpec:
                 raise ValueError(f"{name} must be a number of tokens, 0 or more, got {count!r}")
         if self.basis not in ("prompt", "shared") and not str(self.basis).endswith(".safetensors"):
             raise ValueError(f"basis must be 'prompt', 'shared' or a .safetensors file, got {self.basis!r}")
+        object.__setattr__(self, "basis", str(self.basis))
         for index in self.layers:
             if not isinstance(index, int) or isinstance(index, bool):
                 raise ValueError(f"layers maps layer indices (int) to codecs, got the key {index!r}")
@@ -247,7 +252,7 @@ class CacheSpec:
             }
             key, value = (_codec_from(content[side]) for side in ("key", "value"))
             return cls(key, value, content["sinks"], content["window"], layers, content.get("basis", "prompt"))
-        except (KeyError, TypeError) as error:
+        except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"not a CacheSpec: {error}") from error
 
 

@@ -18,7 +18,7 @@ from kvcompress import CacheSpec, CompressedCache, basis, cli
 from kvcompress.budget import Part, allot, average, splits, to_spec
 from kvcompress.calibrate import Calibration, calibrate, choices
 from kvcompress.divergence import Judge, Text
-from kvcompress.learning import find_parts, learn_basis, ranks_by_energy, with_ranks
+from kvcompress.learning import coded_from, find_parts, learn_basis, ranks_by_energy, with_ranks
 from kvcompress.presets import PRESETS
 from kvcompress.spec import CodecSpec
 from kvcompress.store import PAGE
@@ -181,6 +181,16 @@ class TestCalibrate:
         with pytest.raises(ValueError, match=r"has 900 tokens, too few for 2 passages of 1024 .* shorter --context"):
             calibrate(tiny_model(), short, 3, context=CONTEXT)
 
+    def test_a_context_without_codes(self, text: Text) -> None:
+        """lowrank and spectral learn from 512 tokens after the sinks, so that their codes are met after two chunks."""
+        model = tiny_model()
+        begin = coded_from(model, CacheSpec.parse("lowrank8"))
+        assert (begin, coded_from(model, CacheSpec.parse("trellis3"))) == (1024, 512)
+        with pytest.raises(
+            ValueError, match="must have 2048 tokens or more, since codes are met after 1024, got a --con"
+        ):
+            Judge(model, text.passages(1, CONTEXT), begin)
+
 
 class TestPassages:
     def test_they_do_not_overlap_and_are_drawn_by_the_seed(self) -> None:
@@ -214,7 +224,7 @@ class TestBasis:
         source, other = Text(held_out.ids[:half], held_out.prefix), Text(held_out.ids[half:], held_out.prefix)
         file = tmp_path / "spectral3.safetensors"
         basis.save(file, learn_basis(model, source, CacheSpec.parse("spectral3")))
-        judge = Judge(model, other.passages(1, 3584))
+        judge = Judge(model, other.passages(1, 3584), coded_from(model, CacheSpec.parse("spectral3")))
         own, learned = (judge.measure(CacheSpec.parse(f"spectral3,basis={b}")).kl for b in ("prompt", file))
         assert 0 < learned <= 1.3 * own
 
@@ -302,8 +312,8 @@ class TestCommand:
     def test_from_a_text_to_a_spec(self, file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         """All at its least: four parts of two numbers each."""
         monkeypatch.setenv("COLUMNS", "160")
-        monkeypatch.setattr("kvcompress.calibrate.SINKS", ())
-        monkeypatch.setattr("kvcompress.calibrate.WINDOWS", ())
+        monkeypatch.setattr("kvcompress.calibrate.SINKS", (4,))
+        monkeypatch.setattr("kvcompress.calibrate.WINDOWS", (128,))
         monkeypatch.setattr("kvcompress.calibrate.choices", lambda codec, bits: [1, 2])
         output, bases = tmp_path / "spec.json", tmp_path / "b.safetensors"
         out = self.run("--text", file, "--bits", "1.5", "--context", "1024", "--output", output, "--basis", bases)
@@ -326,7 +336,7 @@ class TestCommand:
     @pytest.mark.usefixtures("shallow")
     def test_ranks_by_energy(self, file: Path, tmp_path: Path) -> None:
         output = tmp_path / "spec.json"
-        out = self.run("--text", file, "--energy", "0.9", "--context", "1024", "--output", output)
+        out = self.run("--text", file, "--energy", "0.9", "--context", "2048", "--output", output)
         assert "by energy" in out
         assert "one for all" in out
         assert CacheSpec.parse(str(output)).key.name == "lowrank"
