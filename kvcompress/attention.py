@@ -136,12 +136,12 @@ def output_metric(module: nn.Module, heads: int, width: int) -> Tensor | None:
     """W_o^T W_o of each KV head's values, summed over its query heads, float32 [heads, width, width].
 
     By it an error of an attention module's values [.., heads, .., width] reaches the residual stream. None where the
-    output projection is not found among its usual names, or is no plain matrix (quantised weights).
+    output projection is not found among its usual names, or is no plain matrix at hand (quantised, offloaded).
     """
     for name in ("o_proj", "out_proj", "dense", "c_proj"):
         projection = getattr(module, name, None)
         weight = getattr(projection, "weight", None)
-        if isinstance(weight, Tensor) and weight.ndim == 2 and weight.is_floating_point():
+        if isinstance(weight, Tensor) and weight.ndim == 2 and weight.is_floating_point() and not weight.is_meta:
             weight = weight.detach().float()
             weight = weight if isinstance(projection, Conv1D) else weight.mT  # Conv1D keeps its transpose
             if weight.shape[0] % (heads * width) == 0:

@@ -120,14 +120,16 @@ class History:
         if query is not None and self.codecs[0].weighted and min(self.fit_of) < 0:
             self._keep_queries(query, before, real)
 
-    def code(self, spare: int = 0, output_metric: Callable[[], Tensor | None] = lambda: None) -> None:
+    def code(
+        self, spare: int = 0, output_metric: Callable[[], Tensor | None] = lambda: None, fitted_only: bool = False
+    ) -> None:
         """Turn the oldest exact tokens of every row into pages where enough of them have gathered, and let them go.
 
         spare: tokens to keep exact beside the window. output_metric: gives [H, D, D], by which errors of values matter
-        (None where it is not known).
+        (None where it is not known). fitted_only: let rows wait that are still to be fitted.
         """
         if self.lengths:
-            self._code(spare, output_metric)
+            self._code(spare, output_metric, fitted_only)
             width = max(self.held)
             self.recent = tuple(x[:, :, x.shape[2] - width :].clone() for x in self.recent)
 
@@ -181,10 +183,11 @@ class History:
             slots = slots // PAGE * PAGE + PAGE // 2
         return first.unsqueeze(1) + slots
 
-    def _code(self, spare: int, output_metric: Callable[[], Tensor | None]) -> None:
+    def _code(self, spare: int, output_metric: Callable[[], Tensor | None], fitted_only: bool) -> None:
         held = self.held
         due = [max(h - self.window - spare, 0) // PAGE for h in held]
         due = [d if n >= self.sinks + self.fit_tokens else 0 for d, n in zip(due, self.lengths, strict=True)]
+        due = [0 if fitted_only and place < 0 else d for d, place in zip(due, self.fit_of, strict=True)]
         if not any(due):
             return
         self._fit([row for row, d in enumerate(due) if d and self.fit_of[row] < 0], held, output_metric)

@@ -250,7 +250,7 @@ class CompressedLayer(CacheLayerMixin):
         self.settle()
         if self.history is not None:
             self.history.crop(-tokens_to_remove)
-            self.history.code()
+            self.history.code(fitted_only=True)  # a fit waits for the attention, which knows the metric of values
 
     def reset(self) -> None:
         self.pending, self.history, self.is_initialized = None, None, False

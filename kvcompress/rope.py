@@ -69,7 +69,9 @@ class Rope:
     def _probe(self, config: PreTrainedConfig, width: int) -> None:
         """Raises ValueError unless a rotation is undone to float32's precision."""
         cpu = torch.device("cpu")  # whatever the default device and dtype are
-        key = torch.randn(1, 1, 4, width, generator=torch.Generator(cpu).manual_seed(0), dtype=torch.float32, device=cpu)
+        key = torch.randn(
+            1, 1, 4, width, generator=torch.Generator(cpu).manual_seed(0), dtype=torch.float32, device=cpu
+        )
         positions = torch.tensor([[0, 1, 77, 1000]], device=cpu)
         try:
             undone = torch.allclose(self.undo(self.apply(key, positions), positions), key, atol=1e-4)

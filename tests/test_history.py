@@ -201,3 +201,15 @@ def test_table_of_rows_of_different_lengths():
     longer = shorter.append(torch.tensor([7], dtype=torch.int32), [0, 1])
     assert longer.ids.tolist() == [[0, -1], [2, 7]]
     assert longer.fill.tolist() == [[PAGE - 10, 0], [PAGE - 10, PAGE]]
+
+
+def test_rows_may_wait_for_their_fit():
+    history, x = make(window=256), gaussian(1, HEADS, 400, WIDTH)
+    history.append(x, x, [400])
+    history.code(fitted_only=True)
+    assert history.coded == [0]
+    history.code()
+    assert history.coded == [PAGE * 2]
+    history.append(x, x, [400])
+    history.code(fitted_only=True)
+    assert history.coded[0] > PAGE * 2

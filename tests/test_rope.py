@@ -4,7 +4,8 @@ import logging
 
 import pytest
 import torch
-from families import FAMILIES, build
+import transformers
+from families import COMMON, FAMILIES, build
 
 from kvcompress.rope import Rope
 
@@ -74,3 +75,27 @@ def test_kinds_that_grow_or_scale(kind):
     undone = rope.undo(key, short)
     rope.apply(key, long)  # a dynamic embedding would change its frequencies here
     assert torch.allclose(rope.apply(undone, short), key, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["SmolLM3", "Cohere2", "Exaone4"])
+def test_layers_without_rope_are_left_as_they_are(name):
+    """One token again and again: the fourth layer's keys are alike as they come, and are not to be turned."""
+    model_class = getattr(transformers, f"{name}ForCausalLM")
+    extra = {} if name == "SmolLM3" else {"sliding_window": 48}
+    model = model_class(model_class.config_class(**{**COMMON, "num_hidden_layers": 4, **extra})).eval()
+    with torch.no_grad():
+        keys = model(torch.full((1, 6), 7), use_cache=True).past_key_values.layers[3].keys
+    assert (keys - keys[:, :, :1]).abs().max() < 1e-4
+    assert Rope.of(model.config, 16, 3) is None
+    assert Rope.of(model.config, 16, 0) is not None
+
+
+def test_a_config_from_elsewhere_and_another_default_dtype():
+    config = transformers.LlamaConfig(**COMMON)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        assert Rope.of(config, 16) is not None
+    finally:
+        torch.set_default_dtype(torch.float32)
+    elsewhere = type("Elsewhere", (transformers.LlamaConfig,), {"__module__": "nowhere.configuration_own"})
+    assert Rope.of(elsewhere(**COMMON), 16) is None

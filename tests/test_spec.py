@@ -1,3 +1,5 @@
+from pathlib import Path
+
 import pytest
 
 from kvcompress import CacheSpec, CodecSpec
@@ -84,3 +86,16 @@ def test_layers_take_their_own_codecs():
 def test_a_name_is_registered_once():
     with pytest.raises(ValueError, match="codec 'exact' is registered already"):
         CODECS.register("exact")(lambda spec, head_dim: None)
+
+
+def test_what_a_string_cannot_say_is_refused_or_made_alike():
+    with pytest.raises(ValueError, match="codecs for each head cannot be a part of 'prerope'"):
+        CodecSpec("prerope", None, (CodecSpec.parse("trellis4/trellis3"),))
+    assert str(CodecSpec.parse("spectral3.0")) == "spectral3"
+    spec = CacheSpec(basis=Path("x.safetensors"))
+    assert CacheSpec.from_json(spec.to_json()) == spec == CacheSpec.parse(str(spec))
+
+
+def test_json_of_strings_is_refused():
+    with pytest.raises(ValueError, match="not a CacheSpec"):
+        CacheSpec.from_json('{"version": 1, "key": "trellis3", "value": "trellis3", "sinks": 4, "window": 1}')

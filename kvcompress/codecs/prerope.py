@@ -16,5 +16,7 @@ from kvcompress.spec import CodecSpec
 @register("prerope", parts=(1,), examples=("prerope+trellis3",))
 def build(spec: CodecSpec, geometry: Geometry) -> Codec:
     (part,) = spec.parts
+    if part.name == "exact":
+        raise ValueError(f"{spec}: keys that are stored exactly are no better off before their RoPE; write exact")
     codec = part.build(geometry)
     return codec if geometry.side else replace(codec, frame="token")
