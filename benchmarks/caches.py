@@ -6,10 +6,12 @@ them there. A name that the registry does not know is no error in these lists, i
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from typing import Any
 
 from transformers import Cache, DynamicCache, PretrainedConfig, PreTrainedModel, QuantizedCache
 from transformers.utils import is_hqq_available, is_optimum_quanto_available
@@ -86,6 +88,11 @@ class Contender:
     lack: str = "not installed"
     side: str = REFERENCE
     family: str = ""
+
+    @property
+    def content(self) -> dict[str, Any] | None:
+        """The spec as JSON has it; None for a cache that has none."""
+        return None if self.spec is None else json.loads(self.spec.to_json())
 
     @contextmanager
     def attending(self, model: PreTrainedModel) -> Iterator[None]:

@@ -16,6 +16,7 @@ from benchmarks.caches import UNCOMPRESSED, Contender
 from benchmarks.greedy import agreed, trajectory
 from benchmarks.passages import Passage
 from benchmarks.quality import compare, predict
+from benchmarks.results import failed, first_line
 from benchmarks.rows import Row
 from benchmarks.storage import Footprint, footprint
 
@@ -36,21 +37,13 @@ def filled(case: Case, contender: Contender, row: Row) -> Row:
     try:
         case.probe(contender)
     except ValueError as error:
-        return replace(row, status="not supported", reason=_first_line(error))
+        return replace(row, status="not supported", reason=first_line(error))
     except Exception as error:  # a cache that breaks is a result to show
-        return _failed(row, error)
+        return failed(row, error)
     try:
         return replace(case.measure(contender, row), seconds=time.perf_counter() - begun)
     except Exception as error:
-        return _failed(row, error)
-
-
-def _failed(row: Row, error: Exception) -> Row:
-    return replace(row, status="failed", reason=f"{type(error).__name__}: {_first_line(error)}")
-
-
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).splitlines()), "")
+        return failed(row, error)
 
 
 @dataclass(frozen=True)
@@ -99,15 +92,8 @@ class ModelCase:
         size = found[-1].size
         return replace(
             row,
-            bits_per_element=size.bits_per_element,
-            effective_bits_per_element=size.effective_bits_per_element,
-            bytes=size.total,
-            uncompressed_bytes=size.uncompressed,
-            perplexity=score.perplexity,
-            kl_mean=score.kl_mean,
-            kl_p99=score.kl_p99,
-            top1_agreement=score.top1_agreement,
-            scored_positions=score.positions,
+            **size.fields(),
+            **score.fields(),
             needle_recall=_share(needle),
             needle_questions=len(needle),
             key_recall=_share(keys),

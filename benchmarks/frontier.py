@@ -13,12 +13,13 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import Progress
 
 from benchmarks import frontier_plot, frontier_reading, frontier_tables, results, texts
 from benchmarks.caches import Contender, field
 from benchmarks.cases import filled
 from benchmarks.frontier_subjects import DATA, SUBJECTS, Subject, default_text, gather
+from benchmarks.progress import bar
 from benchmarks.rows import Log, Row, empty_row
 
 
@@ -88,14 +89,7 @@ class Run:
 def measure(settings: Settings, log: Log, console: Console, data: Path = DATA) -> list[str]:
     """Add all missing rows to the log; returns remarks on what is left out. Raises ValueError where nothing is left."""
     found, remarks = gather(settings, data)
-    columns = (
-        TextColumn("{task.description:48}"),
-        BarColumn(),
-        TaskProgressColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=console) as progress:
+    with bar(console, 48) as progress:
         run = Run(settings, log, progress)
         for subject in found:
             try:

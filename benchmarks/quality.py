@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -42,6 +43,11 @@ class Quality:
     kl_p99: float
     top1_agreement: float
     positions: int
+
+    def fields(self) -> dict[str, Any]:
+        """By the names that rows of results have for them."""
+        found = asdict(self)
+        return {"scored_positions": found.pop("positions"), **found}
 
 
 def scored_positions(length: int, vocabulary: int) -> Tensor:

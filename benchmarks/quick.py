@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -10,15 +9,16 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import Progress
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from benchmarks import needles, quality, results, subjects, texts, timing
 from benchmarks.caches import SPECS, UNCOMPRESSED, Contender, contenders
 from benchmarks.needles import Document
+from benchmarks.progress import bar
 from benchmarks.quality import Advance, Predictions
-from benchmarks.results import Result
+from benchmarks.results import Result, failed
 from benchmarks.storage import footprint
 from benchmarks.texts import Text
 
@@ -124,16 +124,9 @@ def measured(
     tokens = sum(ids.shape[1] for ids in material.passages)
     return replace(
         empty_row(contender),
-        bits_per_element=size.bits_per_element,
-        effective_bits_per_element=size.effective_bits_per_element,
-        bytes=size.total,
-        uncompressed_bytes=size.uncompressed,
+        **size.fields(),
         compression=size.compression,
-        perplexity=score.perplexity,
-        kl_mean=score.kl_mean,
-        kl_p99=score.kl_p99,
-        top1_agreement=score.top1_agreement,
-        scored_positions=score.positions,
+        **score.fields(),
         recall=sum(answers) / len(answers) if answers else None,
         questions=len(answers),
         prefill_tokens_per_second=tokens / sum(each.seconds for each in found),
@@ -141,14 +134,7 @@ def measured(
 
 
 def empty_row(contender: Contender) -> Result:
-    spec = None if contender.spec is None else json.loads(contender.spec.to_json())
-    return Result(contender.name, contender.library, spec)
-
-
-def failed(row: Result, error: Exception) -> Result:
-    """The row of a cache that broke: the first line of its reason, and what was measured before."""
-    first = next(iter(str(error).splitlines()), "")
-    return replace(row, status="failed", reason=f"{type(error).__name__}: {first}")
+    return Result(contender.name, contender.library, contender.content)
 
 
 def timed(rows: Sequence[Result], seconds: dict[str, float | Exception]) -> list[Result]:
@@ -219,14 +205,7 @@ def run(settings: Settings, output: Path, console: Console) -> list[Result]:
     model, tokenizer = subjects.load(settings.model)
     text = texts.load(tokenizer, settings.text, settings.seed)
     settings = fitted(settings, text)
-    columns = (
-        TextColumn("{task.description:24}"),
-        BarColumn(),
-        TaskProgressColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=console) as progress:
+    with bar(console, 24) as progress:
         rows = measure(model, tokenizer, text, settings, progress)
     shared = {
         "benchmark": "quick",

@@ -7,14 +7,19 @@ import os
 import platform
 import subprocess
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from rich.table import Table
 
 import kvcompress
+
+if TYPE_CHECKING:
+    from benchmarks.rows import Row
+
+AnyRow = TypeVar("AnyRow", "Result", "Row")
 
 PACKAGES = ("torch", "transformers", "optimum-quanto", "hqq", "bitsandbytes")
 
@@ -98,6 +103,15 @@ def environment(device: str, threads: int) -> dict[str, Any]:
         "threads": threads,
         "commit": commit(),
     }
+
+
+def first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), "")
+
+
+def failed(row: AnyRow, error: Exception) -> AnyRow:
+    """The row of a cache that broke: the first line of its reason, and what was measured before."""
+    return replace(row, status="failed", reason=f"{type(error).__name__}: {first_line(error)}")
 
 
 def write_lines(path: Path, results: Sequence[Result], shared: dict[str, Any]) -> None:

@@ -57,7 +57,6 @@ class Row:
 
 def empty_row(subject: str, context: int, seed: int, contender: Contender) -> Row:
     """The row of a cache that is not measured yet."""
-    spec = None if contender.spec is None else json.loads(contender.spec.to_json())
     return Row(
         subject,
         context,
@@ -66,7 +65,7 @@ def empty_row(subject: str, context: int, seed: int, contender: Contender) -> Ro
         contender.side,
         contender.family or contender.name,
         contender.library,
-        spec,
+        contender.content,
     )
 
 

@@ -158,10 +158,7 @@ class TensorCase:
         error = (out - self.exact).square().sum(dim=(0, 1, 3)) / self.exact.square().sum(dim=(0, 1, 3))
         return replace(
             row,
-            bits_per_element=size.bits_per_element,
-            effective_bits_per_element=size.effective_bits_per_element,
-            bytes=size.total,
-            uncompressed_bytes=size.uncompressed,
+            **size.fields(),
             output_error=error.mean().item(),
             scored_positions=out.shape[1],
         )

@@ -32,6 +32,15 @@ class Footprint:
     def compression(self) -> float:
         return self.uncompressed / self.total
 
+    def fields(self) -> dict[str, Any]:
+        """By the names that rows of results have for them."""
+        return {
+            "bits_per_element": self.bits_per_element,
+            "effective_bits_per_element": self.effective_bits_per_element,
+            "bytes": self.total,
+            "uncompressed_bytes": self.uncompressed,
+        }
+
 
 def tensors(held: Any) -> Iterator[Tensor]:
     """The plain tensors within tensors, tuples, lists and dicts; wrapper subclasses are opened."""

@@ -15,10 +15,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from kvcompress.codecs import Fit
+from kvcompress.codecs import SIDES, Fit, within
 
 VERSION = "1"
-SIDES = ("key", "value")
 
 
 @dataclass(frozen=True)
@@ -40,12 +39,16 @@ class Basis:
         return key, value
 
 
+def named(prefix: str, fits: tuple[Fit, ...]) -> dict[str, Tensor]:
+    """What was learned of keys and of values, as PREFIX.SIDE.NAME."""
+    return {f"{prefix}.{side}.{name}": x for side, fit in zip(SIDES, fits, strict=True) for name, x in fit.items()}
+
+
 def save(path: str | Path, layers: dict[int, Basis]) -> None:
     """Write the bases of layers, by index."""
     tensors: dict[str, Tensor] = {}
     for index, basis in layers.items():
-        for side, fit in zip(SIDES, basis.fits, strict=True):
-            tensors |= {f"{index}.{side}.{name}": x.contiguous() for name, x in fit.items()}
+        tensors |= {name: x.contiguous() for name, x in named(str(index), basis.fits).items()}
     codecs = json.dumps({str(index): basis.codecs for index, basis in layers.items()})
     save_file(tensors, path, {"format": "kvcompress-basis", "version": VERSION, "codecs": codecs})
 
@@ -64,6 +67,6 @@ def load(path: str | Path) -> dict[int, Basis]:
         raise ValueError(f"{str(path)!r} is not a basis file of version {VERSION}, as `kvcompress calibrate` writes it")
     layers = {}
     for index, codecs in json.loads(metadata["codecs"]).items():
-        own = [{n.split(".", 2)[2]: x for n, x in tensors.items() if n.startswith(f"{index}.{s}.")} for s in SIDES]
+        own = [within(tensors, f"{index}.{side}.") for side in SIDES]
         layers[int(index)] = Basis((codecs[0], codecs[1]), (own[0], own[1]))
     return layers

@@ -14,9 +14,8 @@ from fractions import Fraction
 
 import numpy as np
 
+from kvcompress.codecs import SIDES
 from kvcompress.spec import PER_HEAD, CacheSpec, CodecSpec, LayerSpec
-
-SIDES = ("key", "value")
 
 
 @dataclass(frozen=True, order=True)

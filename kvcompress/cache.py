@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,7 +14,7 @@ from transformers.cache_utils import DynamicLayer, LinearAttentionAndFullAttenti
 from kvcompress import basis as bases
 from kvcompress import persist
 from kvcompress.basis import Basis
-from kvcompress.layer import CompressedHybridLayer, CompressedLayer, Transaction
+from kvcompress.layer import CompressedHybridLayer, CompressedLayer, Shared
 from kvcompress.memory import MemoryReport, storage_bytes
 from kvcompress.spec import DEFAULT_SPEC, CacheSpec, LayerSpec
 
@@ -42,10 +41,10 @@ class CompressedCache(Cache):
         self.spec, self._config = spec, config
         layers: list[Any] = list(DynamicCache(config=config).layers)
         layers = layers or [DynamicLayer() for _ in range(config.num_hidden_layers)]
-        self._counts: Counter[str] = Counter()
-        self._transaction = Transaction()
+        shared = Shared(config, spec, len(layers))
+        self._counts, self._transaction = shared.counts, shared.transaction
         for index, layer in enumerate(layers):
-            settings = (config, self.spec, index, len(layers), self._counts, self._transaction, known.get(index))
+            settings = (shared, index, known.get(index))
             if type(layer) is DynamicLayer:
                 layers[index] = CompressedLayer(*settings)
             elif type(layer) is LinearAttentionAndFullAttentionLayer:

@@ -14,8 +14,9 @@ from transformers import PreTrainedModel
 
 from kvcompress import basis as bases
 from kvcompress import calibrate, learning
-from kvcompress.budget import SIDES, Part, average
+from kvcompress.budget import Part, average
 from kvcompress.calibrate import Calibration
+from kvcompress.codecs import SIDES
 from kvcompress.divergence import Judge, Measured, Text
 from kvcompress.spec import CacheSpec
 

@@ -17,12 +17,11 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from kvcompress.codecs import Codec, Coded, Fit, within
+from kvcompress.codecs import SIDES, Codec, Coded, Fit, within
 from kvcompress.metric import query_metric, turned_query_metric
 from kvcompress.store import PAGE, PagePool, PageTable
 
 ENCODE_PAGES = 64  # pages coded at a time: bounds the encoder's workspace
-SIDES = ("key", "value")
 
 
 class Rotation(Protocol):
@@ -282,9 +281,12 @@ class History:
                 key = self.rotation.apply(self.codecs[0].restore(key, fits[0]), frames)
             yield Block(key, value, positions, valid)
 
-    def absorb(self, query: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Query [B, H, n, D] to ([B, H, n, R_k], what to add to all its scores [B, H, n, 1]) for `blocks`' keys."""
-        return (query, None) if self._turns else self.codecs[0].absorb(query, self.row_fit(0))
+    def absorb(self, query: Tensor, fit: Fit) -> tuple[Tensor, Tensor | None]:
+        """Query [B, H, n, D] to ([B, H, n, R_k], what to add to all its scores [B, H, n, 1]) for `blocks`' keys.
+
+        fit: the `row_fit` of keys.
+        """
+        return (query, None) if self._turns else self.codecs[0].absorb(query, fit)
 
     @property
     def ranks(self) -> tuple[int, int]:
@@ -296,10 +298,10 @@ class History:
         y = self.codecs[side].decode(within(coded, f"{SIDES[side]}."), fit)
         return y.unflatten(0, (rows, -1)).transpose(1, 2).flatten(2, 3)
 
-    def restored(self, block: Block, side: int) -> Tensor:
-        """One side of a block as the model had made it, float32 [B, H, T, D]."""
+    def restored(self, block: Block, side: int, fit: Fit) -> Tensor:
+        """One side of a block as the model had made it, float32 [B, H, T, D]. fit: the `row_fit` of that side."""
         tokens = (block.key, block.value)[side]
-        return tokens if side == 0 and self._turns else self.codecs[side].restore(tokens, self.row_fit(side))
+        return tokens if side == 0 and self._turns else self.codecs[side].restore(tokens, fit)
 
     def dense(self, side: int) -> Tensor:
         """All tokens of one side as [B, H, columns, D] in the model's dtype; zeros stand for padding."""
@@ -310,9 +312,9 @@ class History:
             sinks = min(length, self.sinks)
             result[row, :, pad : pad + sinks] = sink[row, :, :sinks]
             result[row, :, self.columns - held[row] :] = recent[row, :, recent.shape[2] - held[row] :]
-        pads = torch.tensor(self.pads, device=recent.device).unsqueeze(1)
+        pads, fit = torch.tensor(self.pads, device=recent.device).unsqueeze(1), self.row_fit(side)
         for block in self.blocks(ENCODE_PAGES):
-            tokens = self.restored(block, side).to(recent.dtype)
+            tokens = self.restored(block, side, fit).to(recent.dtype)
             valid = torch.ones_like(block.positions, dtype=torch.bool) if block.valid is None else block.valid
             rows, places = valid.nonzero(as_tuple=True)
             result[rows, :, (block.positions + pads)[rows, places]] = tokens[rows, :, places]

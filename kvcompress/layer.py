@@ -23,7 +23,7 @@ from kvcompress.codecs import Geometry
 from kvcompress.history import History
 from kvcompress.memory import MemoryReport, storage_bytes
 from kvcompress.reference import Scores, attend
-from kvcompress.rope import Rope
+from kvcompress.rope import Rope, rotates
 from kvcompress.spec import CacheSpec
 from kvcompress.store import PAGE
 
@@ -67,6 +67,24 @@ class Transaction:
         self._before = {}
 
 
+class Shared:
+    """What the layers of one cache have in common: counts of what happened, the forward pass, and the model's RoPE."""
+
+    def __init__(self, config: PreTrainedConfig, spec: CacheSpec, layers: int):
+        self.config, self.spec, self.layers = config, spec, layers
+        self.counts: Counter[str] = Counter()
+        self.transaction = Transaction()
+        self._ropes: dict[int, Rope | None] = {}  # by the width of keys
+
+    def rotation(self, layer: int, width: int) -> Rope | None:
+        """The rotation of a layer's keys, None where they have none; made once for all layers."""
+        if not rotates(self.config, layer):
+            return None
+        if width not in self._ropes:
+            self._ropes[width] = Rope.of(self.config, width, layer)
+        return self._ropes[width]
+
+
 class CompressedLayer(CacheLayerMixin):
     """One layer's history behind transformers' layer contract."""
 
@@ -74,21 +92,12 @@ class CompressedLayer(CacheLayerMixin):
     is_sliding = False
     is_croppable = True
 
-    def __init__(
-        self,
-        config: PreTrainedConfig,
-        spec: CacheSpec,
-        index: int,
-        count: int,
-        counts: Counter[str],
-        transaction: Transaction,
-        basis: Basis | None,
-    ):
+    def __init__(self, shared: Shared, index: int, basis: Basis | None):
         super().__init__()
-        self.config, self.spec, self.index, self.layer_count, self.basis = config, spec, index, count, basis
-        self.codecs = spec.layer(index, count)
-        self.counts = counts
-        self.transaction = transaction
+        self.shared, self.index, self.basis = shared, index, basis
+        self.config, self.spec, self.layer_count = shared.config, shared.spec, shared.layers
+        self.codecs = self.spec.layer(index, self.layer_count)
+        self.counts, self.transaction = shared.counts, shared.transaction
         self.history: History | None = None
         self.pending: tuple[Tensor, Tensor] | None = None
         self.record_past = False
@@ -104,7 +113,7 @@ class CompressedLayer(CacheLayerMixin):
             self.spec.window,
             shared=self.spec.basis == "shared",
             preset=None if self.basis is None else self.basis.to(key_states.device),
-            rotation=None if key.frame == "fixed" else Rope.of(self.config, key.head_dim, self.index),
+            rotation=None if key.frame == "fixed" else self.shared.rotation(self.index, key.head_dim),
         )
         self.dtype, self.device = key_states.dtype, key_states.device
         self.is_initialized = True

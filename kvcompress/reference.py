@@ -200,8 +200,8 @@ def _exact_parts(history: History, device: torch.device) -> Iterator[tuple[tuple
 
 def _codes(tiles: list[Tile], history: History, scores: Scores) -> list[tuple[Tensor, Tensor]]:
     """Coded tokens, each block decoded once for all tiles; queries absorb the synthesis, sums are restored last."""
-    value_fit = history.row_fit(1)
-    absorbed = [history.absorb(tile.query) for tile in tiles]
+    key_fit, value_fit = history.row_fit(0), history.row_fit(1)
+    absorbed = [history.absorb(tile.query, key_fit) for tile in tiles]
     partials = [Partial(tile.query, history.ranks[1]) for tile in tiles]
     pads = torch.tensor(history.pads, device=tiles[0].query.device).unsqueeze(1)
     rows, heads, queries, _ = tiles[0].query.shape

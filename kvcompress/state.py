@@ -21,9 +21,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from kvcompress.basis import Basis
-from kvcompress.codecs import within
-from kvcompress.history import SIDES, History
+from kvcompress.basis import Basis, named
+from kvcompress.codecs import SIDES, within
+from kvcompress.history import History
 from kvcompress.store import PAGE, PageTable
 
 if TYPE_CHECKING:
@@ -89,7 +89,7 @@ def _take_compressed(layer: CompressedLayer) -> State:
     result = State(facts={"record_past": layer.record_past})
     if layer.basis is not None:
         result.facts["basis"] = list(layer.basis.codecs)
-        result.tensors |= _named("basis", layer.basis.fits)
+        result.tensors |= named("basis", layer.basis.fits)
     history = layer.history
     if history is None or not history.lengths:
         return result
@@ -106,7 +106,7 @@ def _take_compressed(layer: CompressedLayer) -> State:
     if pages:
         result.tensors |= {f"pages.{name}": x for name, x in history.pool.read(torch.tensor(pages)).items()}
     if not history.preset:
-        result.tensors |= _named("fit", history.fits)
+        result.tensors |= named("fit", history.fits)
     result.facts |= {
         "lengths": history.lengths,
         "pads": history.pads,
@@ -183,16 +183,12 @@ def _checks(history: History) -> list[tuple[float, float]]:
     rows = (history.table.ids[:, 0] >= 0).to(block.key.device)
     sums = []
     for side in range(len(SIDES)):
-        first = history.restored(block, side)[rows].double().nan_to_num().flatten()
+        first = history.restored(block, side, history.row_fit(side))[rows].double().nan_to_num().flatten()
         weights = (
             torch.arange(first.numel(), dtype=torch.float64, device=first.device).square().cos()
         )  # as if at random
         sums.append((float(first @ weights), float(first.norm())))
     return sums
-
-
-def _named(prefix: str, fits: tuple[dict[str, Tensor], ...]) -> dict[str, Tensor]:
-    return {f"{prefix}.{side}.{name}": x for side, fit in zip(SIDES, fits, strict=True) for name, x in fit.items()}
 
 
 def _take_sliding(layer: Any) -> State:

@@ -23,6 +23,8 @@ from torch import Tensor
 from kvcompress.registry import Family
 from kvcompress.spec import CODECS, CodecSpec
 
+#: What is coded, by the number of its side.
+SIDES = ("key", "value")
 #: What was learned from a row, by name, each [rows, H, ...]: `mean` [.., D], and what the transform adds.
 Fit = dict[str, Tensor]
 #: The stored parts of coded vectors, by name, each [pages, H, ...].

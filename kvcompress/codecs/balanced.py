@@ -19,7 +19,7 @@ from kvcompress.codecs.transforms import hadamard_matrix
 
 RIDGE = 0.1  # of the metric's own diagonal, added to it: queries to come are not quite those seen
 SHRINKAGE = 0.2  # of the covariance towards a multiple of the identity, in the metric
-BASIS_BITS = 4  # of an element of a square basis; 16 measured no better
+BASIS_BITS = 4  # of an element of a square basis, whose inverse makes up for the rounding
 
 
 @dataclass(frozen=True)
@@ -39,11 +39,8 @@ class Balanced:
         return sum(self.mixed)
 
     def fit(self, centred: Tensor, metric: Tensor | None) -> Fit:
-        root, covariance = weighted_covariance(centred, metric)
-        variances, vectors = components(covariance)
-        vectors = vectors * variances.sqrt().unsqueeze(-2)
-        synthesis = torch.linalg.solve_triangular(root.mT, vectors, upper=True) @ self._mixing(centred.device).mT
-        return stored(synthesis)
+        synthesis, _ = balance(centred, metric)
+        return stored(synthesis @ self._mixing(centred.device).mT)
 
     def _mixing(self, device: torch.device) -> Tensor:
         """The Hadamard matrices of the runs on the diagonal, [D, D]."""
@@ -58,6 +55,15 @@ class Balanced:
 
     def synthesis(self, fit: Fit, device: torch.device) -> Tensor:
         return matrix(fit)[..., : self.rank]
+
+
+def balance(centred: Tensor, metric: Tensor | None) -> tuple[Tensor, Tensor]:
+    """(synthesis, analysis), float64 [..., D, D], of all balanced components at unit variance, strongest first."""
+    root, covariance = weighted_covariance(centred, metric)
+    variances, vectors = components(covariance)
+    deviations = variances.sqrt().unsqueeze(-2)
+    synthesis = torch.linalg.solve_triangular(root.mT, vectors * deviations, upper=True)
+    return synthesis, (vectors / deviations).mT @ root.mT
 
 
 def weighted_covariance(centred: Tensor, metric: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from kvcompress.codecs import Band, Codec, Coded, Fit, Geometry, Transform, register
-from kvcompress.codecs.balanced import components, matrix, stored, weighted_covariance
+from kvcompress.codecs.balanced import balance, matrix, stored, weighted_covariance
 from kvcompress.codecs.scale import HALF
 from kvcompress.codecs.spectral import FIT_TOKENS
 from kvcompress.codecs.transforms import LARGEST
@@ -69,13 +69,9 @@ class LowRank:
         return 2 * self.rank >= self.head_dim
 
     def fit(self, centred: Tensor, metric: Tensor | None) -> Fit:
-        root, covariance = weighted_covariance(centred, metric)
-        variances, vectors = components(covariance)
-        deviations = variances.sqrt().unsqueeze(-2)
-        synthesis = torch.linalg.solve_triangular(root.mT, vectors * deviations, upper=True)
+        synthesis, analysis = balance(centred, metric)
         if self._whole:
             return stored(synthesis, bits=BASIS_BITS)
-        analysis = (vectors / deviations).mT @ root.mT
         pair = synthesis.mT[..., : self.rank, :], analysis[..., : self.rank, :]
         return stored(pair[0], "synthesis", BASIS_BITS) | stored(pair[1], "analysis", BASIS_BITS)
 
