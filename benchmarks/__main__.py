@@ -10,6 +10,7 @@ from rich.console import Console
 
 from benchmarks import frontier
 from benchmarks import quick as quick_job
+from benchmarks import static as static_job
 from benchmarks.caches import SPECS
 from benchmarks.frontier_subjects import SUBJECTS
 from benchmarks.quick import Settings
@@ -105,6 +106,37 @@ def quality(
     except (ValueError, OSError) as error:
         Console(stderr=True).print(f"Error: {error}", style="red", markup=False, soft_wrap=True)
         raise typer.Exit(2) from error
+
+
+@app.command()
+def static(
+    arch: Annotated[str, typer.Option(help="chips, with spaces between  [default: all]")] = "",
+    kernel: Annotated[str, typer.Option(help="kernels, with spaces between  [default: all]")] = "",
+    codec: Annotated[str, typer.Option(help="codecs, with spaces between  [default: all]")] = "",
+    head_dim: Annotated[str, typer.Option(help="head dimensions, with spaces between  [default: all]")] = "",
+    module: Annotated[
+        str, typer.Option(help="modules that offer variants, with spaces between  [default: all in kernels/]")
+    ] = "",
+    as_json: Annotated[bool, typer.Option("--json", help="one JSON object a line for each variant and chip")] = False,
+) -> None:
+    """Registers, spills, shared memory and instructions per element of every kernel, compiled without a GPU.
+
+    Exit status 1: a budget is broken.
+    """
+    try:
+        filters = static_job.Filters(
+            tuple(arch.split()),
+            tuple(kernel.split()),
+            tuple(codec.split()),
+            whole_numbers(head_dim, "head dimensions"),
+            tuple(module.split()),
+        )
+        within = static_job.run(filters, as_json)
+    except (ValueError, OSError) as error:
+        Console(stderr=True).print(f"Error: {error}", style="red", markup=False, soft_wrap=True)
+        raise typer.Exit(2) from error
+    if not within:
+        raise typer.Exit(1)
 
 
 def whole_numbers(text: str, what: str) -> tuple[int, ...]:

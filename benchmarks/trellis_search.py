@@ -25,7 +25,7 @@ RESOLUTION = 1 / 146  # of the search's integers, in standard deviations
 
 def code(u: Tensor, tables: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     """Windows [vectors, n] of the best streams under float tables [3, 8], and the values that they stand for."""
-    values = trellis.additive_sums(tables)
+    values = trellis.additive_sums(tables, bits)
     levels = (values / RESOLUTION).round().to(torch.int32)
     codes = trellis.encode(u, levels, RESOLUTION * trellis.FRACTION, bits)
     found = trellis.windows(codes, bits).long()

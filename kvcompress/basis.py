@@ -17,7 +17,7 @@ from torch import Tensor
 
 from kvcompress.codecs import SIDES, Fit, within
 
-VERSION = "1"
+VERSION = "2"  # of what is stored of a fit, whose matrices are packed
 
 
 @dataclass(frozen=True)

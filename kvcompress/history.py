@@ -5,7 +5,8 @@ after the coded ones, and the codecs' `fit_tokens` have been seen, the oldest PA
 at one row only, so a token's codes depend neither on how the prompt was cut into chunks nor on the other rows (unless
 they share what is learned). Left padding is not stored.
 
-Nothing is changed in place but the pool's free pages, so a shallow copy of a `History` is a snapshot of it.
+Nothing is changed in place but the pool's free pages and what lies beyond the end of an address table, so a shallow
+copy of a `History` is a snapshot of it.
 """
 
 from __future__ import annotations
@@ -17,9 +18,10 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from kvcompress.codecs import SIDES, Codec, Coded, Fit, within
+from kvcompress.addresses import AddressTable
+from kvcompress.codecs import SIDES, Codec, Coded, Fit, joined, within
 from kvcompress.metric import query_metric, turned_query_metric
-from kvcompress.store import PAGE, PagePool, PageTable
+from kvcompress.store import PAGE, SLOT_OF, SLOTS, PagePool, PageTable
 
 ENCODE_PAGES = 64  # pages coded at a time: bounds the encoder's workspace
 
@@ -75,6 +77,7 @@ class History:
         """Forget everything."""
         self.pool = PagePool()
         self.table = PageTable.empty(0)
+        self._addresses: AddressTable | None = None  # of the table, from its first use on
         self.lengths: list[int] = []  # real tokens of each row
         self.pads: list[int] = []  # columns of left padding before them
         self.sink: tuple[Tensor, ...] = ()  # key, value [B, H, sinks, D], filled from the left
@@ -192,10 +195,13 @@ class History:
         self._fit([row for row, d in enumerate(due) if d and self.fit_of[row] < 0], held, output_metric)
         starts = [self.recent[0].shape[2] - h for h in held]
         places = [(row, starts[row] + PAGE * i) for row, d in enumerate(due) for i in range(d)]
-        blocks = [self._encode(places[i : i + ENCODE_PAGES]) for i in range(0, len(places), ENCODE_PAGES)]
-        coded = {name: torch.cat([block[name] for block in blocks]) for name in blocks[0]}
+        coded = joined([self._encode(places[i : i + ENCODE_PAGES]) for i in range(0, len(places), ENCODE_PAGES)])
         self.pool.collect(self.table.ids)
-        self.table = self.table.append(self.pool.write(coded), due)
+        ids, before = self.pool.write(coded), self.coded
+        self.table = self.table.append(ids, due)
+        if self._addresses is not None:
+            first = torch.tensor([self.sinks + before[row] + PAGE * i for row, d in enumerate(due) for i in range(d)])
+            self._addresses = self._addresses.append(due, self.pool.addresses(ids), first, torch.full_like(ids, PAGE))
 
     def _fit(self, rows: list[int], held: list[int], output_metric: Callable[[], Tensor | None]) -> None:
         """Learn what the codecs need from the first tokens after the sinks of rows that have no codes yet."""
@@ -243,6 +249,8 @@ class History:
                 first = [self.lengths[row] - recent.shape[2] + start for row, start in places]
                 frames = self._frames(torch.tensor(first, device=pages.device), PAGE)
                 pages = self.rotation.undo(pages.float(), frames)
+            elif side == 1:
+                pages = pages[:, :, list(SLOTS)]
             own = {name: x[owners[:1] if alike else owners] for name, x in self.fits[side].items()}
             coded |= {f"{SIDES[side]}.{name}": part for name, part in codec.encode(pages, own).items()}
         return coded
@@ -261,15 +269,12 @@ class History:
 
     def blocks(self, pages: int) -> Iterator[Block]:
         """All coded tokens, at most `pages` pages of every row at a time."""
-        table, fits = self.table, (self.row_fit(0), self.row_fit(1))
-        sinks = torch.tensor([min(n, self.sinks) for n in self.lengths]).unsqueeze(1)
-        start_of_page = table.fill.cumsum(dim=1) - table.fill + sinks
+        table, fits, start_of_page = self.table, (self.row_fit(0), self.row_fit(1)), self._starts()
         most = int((table.ids >= 0).sum(dim=1).max()) if table.ids.numel() else 0
         for first in range(0, most, pages):
             ids, fill = table.ids[:, first : first + pages], table.fill[:, first : first + pages]
             coded = self.pool.read(ids.where(ids >= 0, ids.max()).flatten())  # a row without pages reads another's
-            device = self.recent[0].device
-            slots = torch.arange(PAGE)
+            device, slots = self.recent[0].device, torch.arange(PAGE)
             starts = start_of_page[:, first : first + pages]
             positions = (starts.unsqueeze(2) + slots).flatten(1).to(device)
             full = bool((fill == PAGE).all())
@@ -280,6 +285,25 @@ class History:
                 frames = self._frames(starts.flatten(), PAGE).view(positions.shape).to(device)
                 key = self.rotation.apply(self.codecs[0].restore(key, fits[0]), frames)
             yield Block(key, value, positions, valid)
+
+    def _starts(self) -> Tensor:
+        """Where every page's first token stands among its row's real tokens, int64 [B, pages] on the CPU."""
+        sinks = torch.tensor([min(n, self.sinks) for n in self.lengths], dtype=torch.int64).unsqueeze(1)
+        return self.table.fill.cumsum(dim=1) - self.table.fill + sinks
+
+    def addresses(self) -> AddressTable:
+        """Where the pages of every row lie on the codes' device, for kernels; kept up from the first call on."""
+        if self._addresses is None:
+            named = self.table.ids >= 0
+            pages = self.pool.addresses(self.table.ids[named]), self._starts()[named], self.table.fill[named]
+            empty = AddressTable.empty(len(self.lengths), self.recent[0].device)
+            self._addresses = empty.append(named.sum(dim=1).tolist(), *pages)
+        return self._addresses
+
+    def tables(self) -> list[Tensor]:
+        """All tensors that say where pages lie."""
+        addresses = () if self._addresses is None else self._addresses.tensors
+        return [self.table.ids, self.table.fill, *self.pool.index(), *addresses]
 
     def absorb(self, query: Tensor, fit: Fit) -> tuple[Tensor, Tensor | None]:
         """Query [B, H, n, D] to ([B, H, n, R_k], what to add to all its scores [B, H, n, 1]) for `blocks`' keys.
@@ -296,6 +320,7 @@ class History:
 
     def _decode(self, coded: Coded, side: int, fit: Fit, rows: int) -> Tensor:
         y = self.codecs[side].decode(within(coded, f"{SIDES[side]}."), fit)
+        y = y[:, :, list(SLOT_OF)] if side else y
         return y.unflatten(0, (rows, -1)).transpose(1, 2).flatten(2, 3)
 
     def restored(self, block: Block, side: int, fit: Fit) -> Tensor:
@@ -330,7 +355,8 @@ class History:
         over = [min(o, c) for o, c in zip(over, self.coded, strict=True)]
         width = self.recent[0].shape[2] - tokens
         self.recent = tuple(x[:, :, : max(width, 0)].clone() for x in self.recent)
-        self.table = self.table.crop(over)
+        if any(over):
+            self.table, self._addresses = self.table.crop(over), None
         lengths = [max(n - tokens, 0) for n in self.lengths]
         self.pads = [p - (tokens - (n - m)) for p, n, m in zip(self.pads, self.lengths, lengths, strict=True)]
         left = [max(n - self.sinks, 0) for n in lengths]
@@ -345,8 +371,7 @@ class History:
         if not self.lengths:
             return
         held = len(self.lengths)
-        if rows.dtype == torch.bool:
-            rows = rows.nonzero().flatten()
+        rows = (rows.nonzero().flatten() if rows.dtype == torch.bool else rows).cpu()
         wrong = [i for i in rows.tolist() if not -held <= i < held]
         if wrong:
             raise ValueError(f"row {wrong[0]} is not in a batch of {held}")
@@ -356,7 +381,8 @@ class History:
             setattr(self, name, [getattr(self, name)[i] for i in order])
         for name in ("sink", "recent"):
             setattr(self, name, tuple(x.index_select(0, rows.to(x.device)) for x in getattr(self, name)))
-        self.table = self.table.select(rows.cpu())
+        self.table = self.table.select(rows)
+        self._addresses = None if self._addresses is None else self._addresses.select(rows)
         self._drop_unused_fits()
 
     def _drop_unused_fits(self) -> None:
@@ -369,6 +395,7 @@ class History:
     def to(self, device: torch.device | str) -> None:
         """Move all tensors but the page table, which lives on the CPU."""
         self.pool.to(device)
+        self._addresses = None
         self.sink = tuple(x.to(device) for x in self.sink)
         self.recent = tuple(x.to(device) for x in self.recent)
         self.queries = [q.to(device) for q in self.queries]

@@ -294,16 +294,16 @@ class CompressedLayer(CacheLayerMixin):
         held = history.recent or pending
         width = held[0].shape[1] * (held[0].shape[3] + held[1].shape[3])
         rows = len(held[0])
-        codes = [part for name, part in history.pool.parts() if name.endswith(".codes")]
-        scales = [part for name, part in history.pool.parts() if not name.endswith(".codes")]
+        pages = history.pool.stored_bytes()
+        codes = sum(size for name, size in pages.items() if name.endswith(".codes"))
         fits = [item for fit in history.fits for item in fit.items()]
         fresh = rows * pending[0].shape[2] if pending else 0
         return MemoryReport(
-            codes=storage_bytes(codes),
-            scales=storage_bytes(scales),
+            codes=codes,
+            scales=sum(pages.values()) - codes,
             means=storage_bytes(x for name, x in fits if name.split(".")[-1] == "mean"),
             bases=storage_bytes(x for name, x in fits if name.split(".")[-1] != "mean"),
-            tables=storage_bytes([history.table.ids, history.table.fill, *history.pool.index()]),
+            tables=storage_bytes(history.tables()),
             exact=storage_bytes([*history.sink, *history.recent, *history.queries, *pending]),
             tokens=max(history.lengths, default=0) + (pending[0].shape[2] if pending else 0),
             coded_elements=sum(history.coded) * width,

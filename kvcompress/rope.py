@@ -12,11 +12,14 @@ from __future__ import annotations
 import importlib
 import logging
 from collections.abc import Callable
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
+
+from kvcompress.planes import Planes, planes_of
 
 logger = logging.getLogger(__name__)
 
@@ -64,6 +67,7 @@ class Rope:
         self._layer_type = ("full_attention",) if layered else ()
         held = dict.fromkeys(self._embedding.rope_type, "default") if layered else "default"
         self._embedding.rope_type = held  # dynamic kinds would change their frequencies between writing and reading
+        self._width = width
         self._probe(config, width)
 
     def _probe(self, config: PreTrainedConfig, width: int) -> None:
@@ -85,6 +89,13 @@ class Rope:
         self._embedding.to(key.device)
         cos, sin = self._embedding(key, positions, *self._layer_type)
         return cos, sin
+
+    @cached_property
+    def planes(self) -> Planes | None:
+        """The rotation as kernels want it, on the CPU; None where it is of another kind."""
+        known = [x for name, x in self._embedding.named_buffers() if name.endswith("inv_freq")]
+        with torch.inference_mode(False), torch.no_grad():
+            return planes_of(self, torch.cat(known).float().cpu(), self._width) if known else None
 
     def apply(self, key: Tensor, positions: Tensor) -> Tensor:
         """Rotate keys float32 [B, H, T, D] to positions int64 [B, T]."""

@@ -134,9 +134,9 @@ def _put_compressed(layer: CompressedLayer, state: State) -> None:
     if not history.preset:
         history.fits = tuple(within(tensors, f"fit.{side}.") for side in SIDES)
     pages = within(tensors, "pages.")
+    _validate(history, {len(part) for part in pages.values()} or {0})
     if pages:
         history.pool.write(pages)
-    _validate(history, {len(part) for part in pages.values()} or {0})
     for side, saved, (found, norm) in zip(SIDES, facts["check"], _checks(history), strict=True):
         if not abs(saved - found) <= TOLERANCE * norm:
             raise ValueError(

@@ -1,9 +1,9 @@
 """Paged storage of codes: immutable pages in slabs, and the tables that say which pages make up a row.
 
-A page holds PAGE tokens of one layer: the keys' and the values' coded parts of all KV heads. It is written once and
-never changed, so rows share pages freely (beams, common prefixes): reordering a batch moves table rows, not bytes.
-Every write allocates a slab of just the pages it needs, so growth copies nothing; pages that no row names any longer
-are found when the next ones are written, and used again.
+A page holds PAGE tokens of one layer, the keys' and the values' coded parts of all KV heads, as one record
+(kvcompress/record.py). It is written once and never changed, so rows share pages freely (beams, common prefixes):
+reordering a batch moves table rows, not bytes. Every write allocates a slab of just the pages it needs, so growth
+copies nothing; pages that no row names any longer are found when the next ones are written, and used again.
 """
 
 from __future__ import annotations
@@ -16,46 +16,61 @@ import torch
 from torch import Tensor
 
 from kvcompress.codecs import Coded
+from kvcompress.memory import storage_bytes
+from kvcompress.record import RecordLayout
 
 PAGE = 64  # tokens
+#: The order of a page's values: slot s holds token SLOTS[s]. Of 16 tokens the first and the ninth come first, then the
+#: second and the tenth and so on: the two whose weights a lane of a matrix instruction holds side by side.
+SLOTS = tuple(16 * group + 8 * second + first for group in range(PAGE // 16) for first in range(8) for second in (0, 1))
+#: The slot of every token, the inverse of SLOTS.
+SLOT_OF = tuple(sorted(range(PAGE), key=SLOTS.__getitem__))
 
 
 class PagePool:
-    """Slabs of pages; a page's id is its place in the order of allocation."""
+    """Slabs of pages, uint8 [n, page_bytes]; a page's id is its place in the order of allocation.
+
+    layout: what a page's record holds, known from the first write on.
+    """
 
     def __init__(self) -> None:
-        self.slabs: list[Coded] = []
+        self.layout: RecordLayout | None = None
+        self.slabs: list[Tensor] = []  # one that was let go of has no pages
         self._slab_of = torch.empty(0, dtype=torch.int64)
         self._slot_of = torch.empty(0, dtype=torch.int64)
         self._free: list[int] = []
 
     def write(self, coded: Coded) -> Tensor:
-        """Store pages, parts [n, H, PAGE, ...], in free places first; returns their ids, int32 [n] on the CPU."""
-        count = len(next(iter(coded.values())))
-        reused = self._free[:count]
-        del self._free[:count]
+        """Store pages, parts [n, H, ...], in free places first; returns their ids, int32 [n] on the CPU.
+
+        Raises ValueError for parts other than those of the first pages.
+        """
+        self.layout = self.layout or RecordLayout.of(coded)
+        records = self.layout.records(coded)
+        reused = self._free[: len(records)]
+        del self._free[: len(records)]
         with torch.inference_mode():  # a slab may have been made in it, and could not be written to outside
-            for index, page in enumerate(reused):
-                slab, slot = self.slabs[self._slab_of[page]], self._slot_of[page]
-                for name, part in coded.items():
-                    slab[name][slot] = part[index]
-        fresh = count - len(reused)
+            for page, record in zip(reused, records, strict=False):
+                self.slabs[self._slab_of[page]][self._slot_of[page]] = record
+        fresh = len(records) - len(reused)
         first = len(self._slab_of)
         if fresh:
-            own = (lambda part: part[-fresh:].clone()) if reused else (lambda part: part.contiguous())
             self._slab_of = torch.cat([self._slab_of, torch.full((fresh,), len(self.slabs))])
             self._slot_of = torch.cat([self._slot_of, torch.arange(fresh)])
-            self.slabs.append({name: own(part) for name, part in coded.items()})
+            self.slabs.append(records[-fresh:].clone() if reused else records)
         return torch.tensor([*reused, *range(first, first + fresh)], dtype=torch.int32)
 
     def read(self, ids: Tensor) -> Coded:
-        """Parts [n, H, PAGE, ...] of pages: views where they lie side by side, copies of codes otherwise."""
+        """Parts [n, H, ...] of pages: views where the pages lie side by side, views of copies otherwise.
+
+        Raises ValueError before the first write.
+        """
+        if self.layout is None:
+            raise ValueError("no pages have been written")
         slabs, counts = self._slab_of[ids].unique_consecutive(return_counts=True)
         runs = zip(slabs.tolist(), self._slot_of[ids].split(counts.tolist()), strict=True)
-        pieces = [{name: _take(part, slots) for name, part in self.slabs[slab].items()} for slab, slots in runs]
-        if len(pieces) == 1:
-            return pieces[0]
-        return {name: torch.cat([piece[name] for piece in pieces]) for name in pieces[0]}
+        pieces = [_take(self.slabs[slab], slots) for slab, slots in runs]
+        return self.layout.views(pieces[0] if len(pieces) == 1 else torch.cat(pieces))
 
     def collect(self, table: Tensor) -> None:
         """Let go of slabs of which `table` names no page, and make the other pages that it does not name free."""
@@ -63,27 +78,42 @@ class PagePool:
         used[table[table >= 0].long()] = True
         alive = torch.zeros(len(self.slabs), dtype=torch.bool)
         alive[self._slab_of[used]] = True
-        self.slabs = [slab if keep else {} for slab, keep in zip(self.slabs, alive.tolist(), strict=True)]
+        kept = zip(self.slabs, alive.tolist(), strict=True)
+        self.slabs = [slab if keep else slab.new_empty(0, slab.shape[1]) for slab, keep in kept]
         self._free = (~used & alive[self._slab_of]).nonzero().flatten().tolist()
 
     def parts(self) -> Iterator[tuple[str, Tensor]]:
-        """All (name, tensor) that hold codes or scales."""
+        """All (name, part [n, H, ...]) of slabs that hold pages, views of these."""
         for slab in self.slabs:
-            yield from slab.items()
+            if self.layout is not None and len(slab):
+                yield from self.layout.views(slab).items()
+
+    def stored_bytes(self) -> dict[str, int]:
+        """Bytes of the slabs' storage by part, what aligns the next part included: they add up to all of it."""
+        if self.layout is None:
+            return {}
+        pages = storage_bytes(self.slabs) // self.layout.page_bytes
+        return {name: pages * share for name, share in self.layout.shares().items()}
 
     def index(self) -> tuple[Tensor, Tensor]:
         """Where each page lies: its slab and its slot in it, int64 on the CPU."""
         return self._slab_of, self._slot_of
 
+    def addresses(self, ids: Tensor) -> Tensor:
+        """The addresses of pages' records on their device, int64 [n] on the CPU."""
+        slabs = [self.slabs[slab] for slab in self._slab_of[ids].tolist()]
+        first = torch.tensor([slab.data_ptr() for slab in slabs], dtype=torch.int64)
+        return first + self._slot_of[ids] * (self.layout.page_bytes if self.layout else 0)
+
     def to(self, device: torch.device | str) -> None:
-        self.slabs = [{name: part.to(device) for name, part in slab.items()} for slab in self.slabs]
+        self.slabs = [slab.to(device) for slab in self.slabs]
 
 
-def _take(part: Tensor, slots: Tensor) -> Tensor:
+def _take(slab: Tensor, slots: Tensor) -> Tensor:
     first, count = int(slots[0]), len(slots)
     if int(slots[-1]) - first == count - 1 and bool((slots.diff() == 1).all()):
-        return part[first : first + count]
-    return part[slots.to(part.device)]
+        return slab[first : first + count]
+    return slab[slots.to(slab.device)]
 
 
 @dataclass(frozen=True)

@@ -176,7 +176,7 @@ def test_attention_absorbs_what_the_codec_does_linearly(make):
 def test_stored_bytes_are_those_of_the_formula(make, head_dim):
     history = coded_history(make, [700], gaussian(2, 2, 700, head_dim))
     side = ("key", "value")[make.side]
-    size = sum(part.untyped_storage().nbytes() for name, part in history.pool.parts() if name.startswith(side))
+    size = sum(size for name, size in history.pool.stored_bytes().items() if name.startswith(side))
     bits = 8 * size / (sum(history.coded) * 2 * head_dim)
     assert bits == pytest.approx(history.codecs[make.side].bits_per_element(torch.float32), rel=1e-6)
 

@@ -7,8 +7,9 @@ import torch
 
 from kvcompress.codecs import Geometry
 from kvcompress.history import History
+from kvcompress.memory import storage_bytes
 from kvcompress.spec import CodecSpec
-from kvcompress.store import PAGE, PagePool, PageTable
+from kvcompress.store import PAGE, PageTable
 
 HEADS, WIDTH, SINKS, WINDOW = 2, 16, 4, 32
 
@@ -127,9 +128,9 @@ def test_crop_of_too_much_changes_nothing():
 
 def test_rows_share_pages():
     history, x = filled()
-    size = sum(part.untyped_storage().nbytes() for _, part in history.pool.parts())
+    size = storage_bytes(history.pool.slabs)
     history.select(torch.tensor([1, 1, 0, 1]))
-    assert sum(part.untyped_storage().nbytes() for _, part in history.pool.parts()) == size
+    assert storage_bytes(history.pool.slabs) == size
     assert len(history.fits[0]["mean"]) == 2  # fits are shared as well
     dense = history.dense(0)
     assert torch.equal(dense[0], dense[1])
@@ -178,17 +179,6 @@ def test_moving_to_another_device_keeps_everything():
     history.to("meta")
     assert {part.device.type for _, part in history.pool.parts()} == {"meta"}
     assert {x.device.type for x in (*history.sink, *history.recent, history.fits[0]["mean"])} == {"meta"}
-
-
-def test_pool_reads_across_slabs_and_out_of_order():
-    pool = PagePool()
-    pages = [torch.full((n, 1, PAGE, 2), float(i)) for i, n in enumerate((2, 1, 3))]
-    ids = torch.cat([pool.write({"codes": part}) for part in pages])
-    assert ids.tolist() == [0, 1, 2, 3, 4, 5]
-    read = pool.read(torch.tensor([5, 0, 2, 1, 3]))["codes"][:, 0, 0, 0]
-    assert read.tolist() == [2.0, 0.0, 1.0, 0.0, 2.0]
-    view = pool.read(torch.tensor([3, 4]))["codes"]
-    assert view.untyped_storage().data_ptr() == pool.slabs[2]["codes"].untyped_storage().data_ptr()
 
 
 def test_table_of_rows_of_different_lengths():

@@ -37,7 +37,7 @@ class Signs:
         return {"codes": packing.pack(codes, 1), "gain": HALF.encode(best_gain(y, 2.0 * codes - 1))}
 
     def decode(self, coded, width):
-        signs = 2.0 * packing.unpack(coded["codes"], 1, width) - 1
+        signs = 2.0 * packing.unpack(coded["codes"], 1, coded["gain"].shape[-1], width) - 1
         return signs * HALF.decode(coded["gain"]).unsqueeze(-1)
 
     def vector_bits(self, width, dtype):

@@ -60,7 +60,7 @@ class Transform(Protocol):
 
 
 class Quantiser(Protocol):
-    """Codes vectors of `width` dimensions, each token by itself or tokens of one page together."""
+    """Codes vectors of `width` dimensions, each token by itself or tokens of one page together, in multiples of 8."""
 
     def encode(self, y: Tensor) -> Coded:
         """Parts [pages, H, ...] of vectors [pages, H, tokens, width]."""
@@ -174,6 +174,11 @@ def by_page(learned: Tensor, pages: int) -> Tensor:
 def within(coded: Coded, prefix: str) -> Coded:
     """The parts whose names start with `prefix`, without it."""
     return {name.removeprefix(prefix): part for name, part in coded.items() if name.startswith(prefix)}
+
+
+def joined(blocks: list[Coded]) -> Coded:
+    """The coded pages of blocks one after the other."""
+    return {name: torch.cat([block[name] for block in blocks]) for name in blocks[0]}
 
 
 Factory = TypeVar("Factory", bound=Callable[[CodecSpec, Geometry], Codec])

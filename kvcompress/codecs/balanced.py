@@ -88,20 +88,20 @@ def components(covariance: Tensor) -> tuple[Tensor, Tensor]:
 def stored(values: Tensor, name: str = "basis", bits: int = BASIS_BITS) -> Fit:
     """A matrix [..., m, n] as codes of `bits` bits with a scale for each row and column, under names from `name`.
 
-    The columns are filled up to a multiple of eight, in which codes are packed.
+    Rows and columns of the codes are filled up to multiples of eight, in which they are packed.
     """
     rows = values.square().mean(dim=-1, keepdim=True).sqrt().clamp_min(1e-30)
     largest = 2 ** (bits - 1) - 1
     columns = (values / rows).abs().amax(dim=-2, keepdim=True).clamp_min(1e-30) / largest
     rows, columns = rows.float(), columns.float()
     codes = (values / rows / columns).round().clamp(-largest, largest) + largest
-    codes = torch.nn.functional.pad(codes, (0, -codes.shape[-1] % 8))
+    codes = torch.nn.functional.pad(codes, (0, -codes.shape[-1] % 8, 0, -codes.shape[-2] % 8))
     return {name: packing.pack(codes, bits), f"{name}_rows": rows.squeeze(-1), f"{name}_columns": columns.squeeze(-2)}
 
 
 def matrix(fit: Fit, name: str = "basis", bits: int = BASIS_BITS) -> Tensor:
     """float32 [..., m, n] of what `stored` keeps."""
     rows, columns = fit[f"{name}_rows"], fit[f"{name}_columns"]
-    width = columns.shape[-1]
-    codes = packing.unpack(fit[name], bits, -(-width // 8) * 8)[..., :width]
+    height, width = rows.shape[-1], columns.shape[-1]
+    codes = packing.unpack(fit[name], bits, -(-height // 8) * 8, -(-width // 8) * 8)[..., :height, :width]
     return (codes.float() - (2 ** (bits - 1) - 1)) * rows.unsqueeze(-1) * columns.unsqueeze(-2)

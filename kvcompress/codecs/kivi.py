@@ -38,7 +38,8 @@ class PerChannel:
         return {"codes": packing.pack(codes, self.bits), "scale": scale, "zero": zero}
 
     def decode(self, coded: Coded, width: int) -> Tensor:
-        codes = packing.unpack(coded["codes"], self.bits, width).unflatten(2, (-1, GROUP))
+        tokens = coded["scale"].shape[2] * GROUP
+        codes = packing.unpack(coded["codes"], self.bits, tokens, width).unflatten(2, (-1, GROUP))
         return to_values(codes, coded["scale"].unsqueeze(3), coded["zero"].unsqueeze(3)).flatten(2, 3)
 
     def vector_bits(self, width: int, dtype: torch.dtype) -> float:
@@ -60,7 +61,7 @@ class PerToken:
         return {"codes": packing.pack(codes, self.bits), "scale": scale, "zero": zero}
 
     def decode(self, coded: Coded, width: int) -> Tensor:
-        codes = packing.unpack(coded["codes"], self.bits, width)
+        codes = packing.unpack(coded["codes"], self.bits, coded["scale"].shape[2], width)
         return to_values(codes, _spread(coded["scale"], width), _spread(coded["zero"], width))
 
     def vector_bits(self, width: int, dtype: torch.dtype) -> float:

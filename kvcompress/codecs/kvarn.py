@@ -90,7 +90,8 @@ class EvenTiles:
         return {"codes": packed, "scale": scale, "zero": zero, "across": across}
 
     def decode(self, coded: Coded, width: int) -> Tensor:
-        codes = self._turn(packing.unpack(coded["codes"], self.bits, width).unflatten(2, (-1, TILE)))
+        tokens = coded["scale"].shape[2] * TILE
+        codes = self._turn(packing.unpack(coded["codes"], self.bits, tokens, width).unflatten(2, (-1, TILE)))
         even = to_values(codes, coded["scale"].unsqueeze(-1), coded["zero"].unsqueeze(-1))
         return self._turn(even * coded["across"].float().unsqueeze(-2)).flatten(2, 3)
 

@@ -87,7 +87,8 @@ class KVQuant(Codec):
         return parts
 
     def decode(self, coded: Coded, fit: Fit) -> Tensor:
-        codes = packing.unpack(coded["codes"], self.bits, self.padded)[..., : self.head_dim]
+        tokens = packing.packed_tokens(coded["codes"].shape[-1], self.padded, self.bits)
+        codes = packing.unpack(coded["codes"], self.bits, tokens, self.padded)[..., : self.head_dim]
         pages, heads = codes.shape[:2]
         levels = by_page(fit["levels"], pages)
         first = torch.arange(pages * heads, dtype=torch.int32, device=codes.device) * levels.shape[-1]

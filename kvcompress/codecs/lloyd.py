@@ -2,6 +2,9 @@
 
 A rotated vector's coordinates are close to Gaussian, so one codebook, optimal for that distribution, serves all of
 them. Centred, with a least-squares gain a vector in 16 bits.
+
+Up to four bits the levels lie on a byte grid, step (byte - offset), so that a kernel looks up bytes, as it does for the
+trellis. That costs 0.001% of the distortion at 3 bits and 0.22% at 4 (`pytest tests/test_codecs.py -k grid`).
 """
 
 from __future__ import annotations
@@ -23,9 +26,52 @@ from kvcompress.spec import CodecSpec
 ITERATIONS = 1000  # 8 bits then lie within 0.1% of the distortion after twenty times as many
 
 
+@dataclass(frozen=True)
+class Grid:
+    """Levels step (byte - offset), ascending; bytes begin with 0, and first and last, second and last but one etc. add
+    up to 2 offset.
+    """
+
+    bytes: tuple[int, ...]
+    step: float
+
+    @property
+    def offset(self) -> float:
+        return self.bytes[-1] / 2
+
+
+#: By bits: the grids of least squared error for the unit Gaussian among those with bytes below 128, which a kernel
+#: turns into numbers by byte permutes (PRMT) alone: these fill what is above a byte with its sign, zero.
+GRIDS = {
+    1: Grid((0, 1), 1.5957691216057308),
+    2: Grid((0, 7, 13, 20), 0.15104175806045533),
+    3: Grid((0, 22, 38, 52, 65, 79, 95, 117), 0.03679643033590072),
+    4: Grid((0, 15, 25, 33, 40, 46, 52, 58, 64, 70, 76, 82, 89, 97, 107, 122), 0.044803233952946116),
+}
+
+
+def grid(bits: int) -> Grid:
+    """The byte grid that the codes of `bits` bits stand for; raises ValueError where they have none."""
+    if bits not in GRIDS:
+        raise ValueError(f"levels of {', '.join(map(str, GRIDS))} bits lie on a byte grid, those of {bits} do not")
+    return GRIDS[bits]
+
+
 @lru_cache
 @torch.inference_mode(False)  # kept for ever, so not to be inference tensors
 def codebook(bits: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """(levels [2^bits], borders [2^bits - 1]) of `lloyd`, float32, ascending: of the grid, exact beyond four bits."""
+    if bits not in GRIDS:
+        return exact_codebook(bits, device)
+    own = grid(bits)
+    levels = (torch.tensor(own.bytes, dtype=torch.float64) - own.offset) * own.step
+    borders = (levels[1:] + levels[:-1]) / 2
+    return levels.to(device, torch.float32), borders.to(device, torch.float32)
+
+
+@lru_cache
+@torch.inference_mode(False)
+def exact_codebook(bits: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """(levels [2^bits], borders [2^bits - 1]) of least mean squared error for the unit Gaussian, float32, ascending.
 
     Lloyd's iteration in float64: borders halfway between levels, levels at the mean of their cell, begun from the
@@ -60,7 +106,7 @@ class LloydMax:
 
     def decode(self, coded: Coded, width: int) -> Tensor:
         levels, _ = codebook(self.bits, coded["codes"].device)
-        codes = packing.unpack(coded["codes"], self.bits, width)
+        codes = packing.unpack(coded["codes"], self.bits, coded["gain"].shape[-1], width)
         return look_up(levels, codes) * self.gain.decode(coded["gain"]).unsqueeze(-1)
 
     def vector_bits(self, width: int, dtype: torch.dtype) -> float:

@@ -15,8 +15,9 @@ which the metric does not notice. Keys after RoPE, values without outliers, and 
 worse than plain `trellis` at equal bits.
 
 What it costs beside the codes, for each row, layer, side and KV head: D R bytes for the synthesis matrix and as many
-for the analysis matrix, with their scales. One cannot be had from the other without the metric, which would take D D
-numbers. From R = D/2 on the whole basis of D D bytes, whose inverse holds the analysis, is no larger, and is stored.
+for the analysis matrix, R rounded up to eights, with their scales. One cannot be had from the other without the metric,
+which would take D D numbers. From R = D/2 on the whole basis of D D bytes, whose inverse holds the analysis, is no
+larger, and is stored.
 """
 
 from __future__ import annotations

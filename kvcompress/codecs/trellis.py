@@ -1,9 +1,13 @@
 """`trellis2`, `trellis3`, `trellis4`: Hadamard rotation and an additive trellis code.
 
 A vector's codes form a circular bit stream, `bits` bits an element. Element t is decoded from the last nine bits of the
-stream up to and including its own, cut into three 3-bit fields, newest first, each with a table of eight bytes::
+stream up to and including its own, a window shared out to three 3-bit fields, each with a table of eight bytes whose
+sums stay below 128 (so that a kernel adds and widens them four at a time)::
 
     x_t = gain step (A[f0] + B[f1] + C[f2] - offset)             (3 bits: f0, f1, f2 = c_t, c_(t-1), c_(t-2))
+
+The fields are the window's bits 0-2, 3-5, 6-8, the newest being bit 0; with four bits they are 1-3, 5-7 and (0, 4, 8),
+which leaves every code one field of its own.
 
 so neighbours share bits and the encoder picks the best of all streams (trellis-coded quantisation; QTIP, arXiv
 2406.11235, uses free tables for weights). Decoding needs no recursion and three 8-entry table look-ups. The stream
@@ -19,6 +23,7 @@ import json
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib import resources
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -46,17 +51,32 @@ class Table:
     step: float
 
 
-def additive_sums(tables: Tensor) -> Tensor:
-    """[512]: A[w & 7] + B[w >> 3 & 7] + C[w >> 6] over windows w, from tables [3, 8]; the newest bits are lowest."""
-    a, b, c = tables
-    return (c.view(8, 1, 1) + b.view(1, 8, 1) + a.view(1, 1, 8)).flatten()
+def fields(windows: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The three fields, integers below eight, of nine-bit windows of codes of `bits` bits."""
+    if bits == 4:
+        return windows >> 1 & 7, windows >> 5 & 7, windows & 1 | windows >> 3 & 2 | windows >> 6 & 4
+    return windows & 7, windows >> 3 & 7, windows >> 6 & 7
+
+
+def additive_sums(tables: Tensor, bits: int) -> Tensor:
+    """[512]: A[f0] + B[f1] + C[f2] of all windows, from tables [3, 8]."""
+    found = fields(torch.arange(2**MEMORY, device=tables.device), bits)
+    return torch.stack([table[field] for table, field in zip(tables, found, strict=True)]).sum(dim=0)
+
+
+@lru_cache
+def shipped(bits: int) -> dict[str, Any]:
+    """`tables` (three of eight bytes), `step` and `offset` of the codes of `bits` bits."""
+    content: dict[str, Any] = json.loads(resources.files("kvcompress.codecs").joinpath("trellis_tables.json").read_text())
+    own: dict[str, Any] = content[str(bits)]
+    return own
 
 
 @lru_cache
 @torch.inference_mode(False)  # kept for ever, so not to be inference tensors
 def shipped_table(bits: int, device: torch.device) -> Table:
-    content = json.loads(resources.files("kvcompress.codecs").joinpath("trellis_tables.json").read_text())[str(bits)]
-    sums = additive_sums(torch.tensor(content["tables"], dtype=torch.float64)) - content["offset"]
+    content = shipped(bits)
+    sums = additive_sums(torch.tensor(content["tables"], dtype=torch.float64), bits) - content["offset"]
     values = (sums * content["step"]).to(device, torch.float32)
     return Table(values, (sums * FRACTION).round().to(device, torch.int32), content["step"])
 
@@ -141,7 +161,7 @@ class Trellis:
         return {"codes": packing.pack(codes, self.bits), "gain": self.gain.encode(best_gain(y, shape))}
 
     def decode(self, coded: Coded, width: int) -> Tensor:
-        codes = packing.unpack(coded["codes"], self.bits, width)
+        codes = packing.unpack(coded["codes"], self.bits, coded["gain"].shape[-1], width)
         values = look_up(shipped_table(self.bits, codes.device).values, windows(codes, self.bits))
         return values * self.gain.decode(coded["gain"]).unsqueeze(-1)
 

@@ -2,11 +2,12 @@
 
 TurboQuant (arXiv 2504.19874), its variant of least squared error: a vector's norm is stored in 16 bits, its direction
 is rotated, and every coordinate of that, close to Gaussian with variance 1 / head_dim, goes to the nearest level of one
-codebook. Not centred, nothing is fitted. It is `lloyd` without the mean and with the norm in place of the least-squares
-gain. Against the paper: the rotation is the Hadamard transform with fixed signs, not a dense random matrix; the levels
-are those of the Gaussian, which the sphere's coordinates tend to, not of the Beta distribution itself; all channels
-have the same bits, where the paper's 2.5 and 3.5 bits give some channels one more; and no bit is spent on the residual
-(QJL), which makes inner products unbiased but noisier: implementations have dropped it.
+codebook. Not centred, nothing is fitted. It is `lloyd` without the mean, with the norm in place of the least-squares
+gain, and with exact levels. Against the paper: the rotation is the Hadamard transform with fixed signs, not a dense
+random matrix; the levels are those of the Gaussian, which the sphere's coordinates tend to, not of the Beta
+distribution itself; all channels have the same bits, where the paper's 2.5 and 3.5 bits give some channels one more;
+and no bit is spent on the residual (QJL), which makes inner products unbiased but noisier: implementations have dropped
+it.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from torch import Tensor
 
 from kvcompress import packing
 from kvcompress.codecs import Band, Codec, Coded, Geometry, register
-from kvcompress.codecs.lloyd import codebook
+from kvcompress.codecs.lloyd import exact_codebook
 from kvcompress.codecs.lookup import look_up
 from kvcompress.codecs.scale import HALF, TINY
 from kvcompress.codecs.transforms import Hadamard
@@ -37,14 +38,14 @@ class Sphere:
     dimensions: int
 
     def encode(self, y: Tensor) -> Coded:
-        _, borders = codebook(self.bits, y.device)
+        _, borders = exact_codebook(self.bits, y.device)
         norm = y.square().sum(dim=-1).sqrt()
         codes = torch.bucketize(y * (math.sqrt(self.dimensions) / norm.clamp_min(TINY)).unsqueeze(-1), borders)
         return {"codes": packing.pack(codes, self.bits), "norm": HALF.encode(norm)}
 
     def decode(self, coded: Coded, width: int) -> Tensor:
-        levels, _ = codebook(self.bits, coded["codes"].device)
-        codes = packing.unpack(coded["codes"], self.bits, width)
+        levels, _ = exact_codebook(self.bits, coded["codes"].device)
+        codes = packing.unpack(coded["codes"], self.bits, coded["norm"].shape[-1], width)
         return look_up(levels, codes) * (HALF.decode(coded["norm"]) / math.sqrt(self.dimensions)).unsqueeze(-1)
 
     def vector_bits(self, width: int, dtype: torch.dtype) -> float:
