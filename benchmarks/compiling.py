@@ -209,7 +209,7 @@ def matrix_instructions(ttgir: str) -> int:
     open_regions: list[list[float] | None] = []  # of a loop, its matrix instructions; None: another region
     closed: list[float] = []
     for line in ttgir.splitlines():
-        if found := _DOT.search(line):
+        if (found := _DOT.search(line)) and found["layout"] in layouts:  # others are done by plain multiplications
             warps, (*tile, depth) = layouts[found["layout"]]
             tile = [1] * (len(warps) - 2) + tile
             steps = [-(-int(n) // (w * t)) for n, w, t in zip(found["out"].split("x")[:-1], warps, tile, strict=True)]

@@ -158,8 +158,12 @@ class CompressedCache(Cache):
         return sum((_layer_memory(layer) for layer in self.layers), MemoryReport.nothing())
 
     def stats(self) -> dict[str, int]:
-        """fused: attention calls on codes; materialised: times a layer's keys or values were decoded as a whole."""
-        return {name: self._counts[name] for name in ("fused", "materialised")}
+        """fused: attention calls on codes; materialised: times a layer's keys or values were decoded as a whole.
+
+        Then `refused: REASON` for the calls that the kernels, where they were due, left to the torch reference.
+        """
+        refusals = sorted(name for name in self._counts if name.startswith("refused: "))
+        return {name: self._counts[name] for name in ("fused", "materialised", *refusals)}
 
 
 def _layer_memory(layer: Any) -> MemoryReport:

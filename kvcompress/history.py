@@ -53,7 +53,7 @@ class History:
 
     shared: the rows that are fitted first are fitted together, and all use that. preset: what the codecs of keys and of
     values have learned before, [1, H, ...], used by every row. rotation: of keys, for codecs with a frame that turns;
-    None where keys have none.
+    None where keys have none. encode: codes pages [n, H, PAGE, D] of a side as its codec would.
     """
 
     def __init__(
@@ -66,10 +66,11 @@ class History:
         shared: bool = False,
         preset: tuple[Fit, Fit] | None = None,
         rotation: Rotation | None = None,
+        encode: Callable[[Codec, int, Tensor, Fit], Coded] = lambda codec, side, pages, fit: codec.encode(pages, fit),
     ):
         self.codecs = (key_codec, value_codec)
         self.sinks, self.window = sinks, window
-        self.shared, self.preset, self.rotation = shared, preset, rotation
+        self.shared, self.preset, self.rotation, self.encode = shared, preset, rotation, encode
         self.fit_tokens = 0 if preset else max(key_codec.fit_tokens, value_codec.fit_tokens)
         self.clear()
 
@@ -252,7 +253,7 @@ class History:
             elif side == 1:
                 pages = pages[:, :, list(SLOTS)]
             own = {name: x[owners[:1] if alike else owners] for name, x in self.fits[side].items()}
-            coded |= {f"{SIDES[side]}.{name}": part for name, part in codec.encode(pages, own).items()}
+            coded |= {f"{SIDES[side]}.{name}": part for name, part in self.encode(codec, side, pages, own).items()}
         return coded
 
     def row_fit(self, side: int) -> Fit:

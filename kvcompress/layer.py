@@ -17,12 +17,13 @@ from torch import Tensor
 from transformers import PreTrainedConfig
 from transformers.cache_utils import CacheLayerMixin, LinearAttentionLayer
 
+from kvcompress import backends
 from kvcompress.attention import NAME, KVHandle, OutputMetric, as_mask
 from kvcompress.basis import Basis
 from kvcompress.codecs import Geometry
 from kvcompress.history import History
 from kvcompress.memory import MemoryReport, storage_bytes
-from kvcompress.reference import Scores, attend
+from kvcompress.reference import Scores
 from kvcompress.rope import Rope, rotates
 from kvcompress.spec import CacheSpec
 from kvcompress.store import PAGE
@@ -113,6 +114,7 @@ class CompressedLayer(CacheLayerMixin):
             self.spec.window,
             shared=self.spec.basis == "shared",
             preset=None if self.basis is None else self.basis.to(key_states.device),
+            encode=backends.encode,
             rotation=None if key.frame == "fixed" else self.shared.rotation(self.index, key.head_dim),
         )
         self.dtype, self.device = key_states.dtype, key_states.device
@@ -156,10 +158,11 @@ class CompressedLayer(CacheLayerMixin):
         if mask is not None and mask.shape[-1] != self.get_seq_length():
             raise ValueError(f"the mask covers {mask.shape[-1]} tokens, the cache holds {self.get_seq_length()}")
         if self.pending is None:  # a layer that shares the keys and values of an earlier one (Gemma 3n)
-            return attend(query, None, self.materialise(0), self.materialise(1), as_mask(mask, causal=True), scores)
+            dense = self.materialise(0), self.materialise(1)
+            return backends.attend(query, None, *dense, as_mask(mask, causal=True), scores, self.counts)
         assert self.history is not None
         key, value = self.pending
-        out = attend(query, self.history, key, value, as_mask(mask, causal=True), scores)
+        out = backends.attend(query, self.history, key, value, as_mask(mask, causal=True), scores, self.counts)
         self.counts["fused"] += 1
         self.settle(self._real_tokens(mask), query, output_metric)
         return out

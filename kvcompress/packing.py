@@ -10,9 +10,10 @@ a block is stored as `bits` words of 32 bits, little-endian, nibble n at bits 4n
     4 bits   word q, nibble n =  c[q,n]                                                    q = 0..3
     5 to 8   a plane of all low four bits as above, followed by a plane of the other bits
 
-A nibble is thus a piece of a token's bit stream, the newest bits lowest, and one dimension of eight tokens always comes out of a word by a mask and a shift as eight nibbles, ready to be the
-selector of a byte permute (PRMT); three-bit codes take exactly three bits: three words give their dimensions by
-`& 0x77777777` and the fourth from their top bits by shifts and masks.
+A nibble is a piece of a token's bit stream, the newest bits lowest, and one dimension of eight tokens always comes out
+of a word by a mask and a shift as eight nibbles, ready to be the selector of a byte permute (PRMT); three-bit codes
+take exactly three bits: three words give their dimensions by `& 0x77777777` and the fourth from their top bits by
+shifts and masks.
 
 Blocks lie in a plane as [s < S][octet < T / 8][l < L][word < bits], block (s, l) with the dimensions
 4 (l S + s) .. 4 (l S + s) + 3, where L = 4 and S = W / 16, or L = 2 and S = W / 8 where W is no multiple of 16. The

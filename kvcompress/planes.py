@@ -24,7 +24,7 @@ class Turning(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class Planes:
-    """D / 2 planes: dimensions order[j] and order[D / 2 + j] turn by `position frequencies[j]`, and grow `amplitudes[j]`
+    """D / 2 planes: dimensions order[j] and order[D / 2 + j] turn by `position frequencies[j]` and grow `amplitudes[j]`
     times. order: int32 [D]; frequencies, amplitudes: float32 [D / 2]. Dimensions that do not turn have frequency zero.
     """
 

@@ -67,8 +67,8 @@ def additive_sums(tables: Tensor, bits: int) -> Tensor:
 @lru_cache
 def shipped(bits: int) -> dict[str, Any]:
     """`tables` (three of eight bytes), `step` and `offset` of the codes of `bits` bits."""
-    content: dict[str, Any] = json.loads(resources.files("kvcompress.codecs").joinpath("trellis_tables.json").read_text())
-    own: dict[str, Any] = content[str(bits)]
+    text = resources.files("kvcompress.codecs").joinpath("trellis_tables.json").read_text()
+    own: dict[str, Any] = json.loads(text)[str(bits)]
     return own
 
 

@@ -1,0 +1,245 @@
+"""The `triton` backend: attention and encoding on packed codes by the kernels of `kvcompress.kernels`.
+
+A call's pieces, each a partial result that carries its log-sum-exp: codes (absorb, pages, merge, synthesis), sinks, and
+the recent tokens together with the chunk's own. The last merge adds sink logits and rounds to the model's dtype.
+"""
+
+from __future__ import annotations
+
+import weakref
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+import triton
+from torch import Tensor
+
+from kvcompress.bandlayout import bands_of
+from kvcompress.codecs import Codec, Coded, Fit
+from kvcompress.codecs.scale import LOG
+from kvcompress.history import History
+from kvcompress.kernels.absorb import Frames
+from kvcompress.kernels.chunk import attend_chunk
+from kvcompress.kernels.dense import attend_dense
+from kvcompress.kernels.encode_side import encode_side
+from kvcompress.kernels.ops import absorb, attend_pages, merge, page_splits, text_of_plan
+from kvcompress.kernels.pages import Table
+from kvcompress.kernels.segments import plan, refuses
+from kvcompress.planes import Planes
+from kvcompress.record import RecordLayout
+from kvcompress.reference import Mask, Scores
+from kvcompress.store import PAGE
+
+LOG2E = 1.4426950408889634
+DECODE = 16  # query tokens that are attended together as in decoding
+WIDEST = 256  # head_dim
+
+
+class Triton:
+    """See the module."""
+
+    name = "triton"
+
+    def unavailable(self, device: torch.device) -> str | None:
+        """None on GPUs, and everywhere in Triton's interpreter."""
+        if device.type == "cuda" or (device.type == "cpu" and triton.knobs.runtime.interpret):
+            return None
+        return f"Triton does not run on {device.type} (on a CPU only with TRITON_INTERPRET=1)"
+
+    def rejects(self, query: Tensor, history: History | None, mask: Mask, scores: Scores) -> str | None:
+        """Why the kernels cannot attend; None where they can."""
+        if mask.tensor is not None and mask.tensor.ndim != 2:
+            return "a mask of four dimensions"
+        if not mask.causal:
+            return "attention that is not causal"
+        if query.shape[-1] > WIDEST:
+            return f"heads of {query.shape[-1]} dimensions, at most {WIDEST} are taken"
+        if history is None or not any(history.coded):
+            return None
+        return _refuses_codes(history, query)
+
+    def attend(
+        self, query: Tensor, history: History | None, key: Tensor, value: Tensor, mask: Mask, scores: Scores
+    ) -> Tensor:
+        """As `reference.attend`, for what `rejects` lets pass."""
+        dtype = query.dtype
+        if triton.knobs.runtime.interpret and dtype == torch.bfloat16:
+            query, key, value = query.float(), key.float(), value.float()  # the interpreter has no bfloat16
+        rows, heads = query.shape[0], key.shape[1]
+        parts = _exact(query, history, key, value, mask, scores)
+        if history is not None and any(history.coded):
+            parts.append(_codes(query, history, mask, scores))
+        out, _ = merge(parts, scores.sinks, dtype=dtype)
+        width = out.shape[-1]
+        return out.view(rows, heads, -1, query.shape[2], width).flatten(1, 2).transpose(1, 2).contiguous()
+
+    def encode(self, codec: Codec, side: int, pages: Tensor, fit: Fit) -> Coded | str:
+        """As `codec.encode`, or why the kernels cannot."""
+        layout = _record(codec, side, pages.shape[1], pages.dtype, pages.device)
+        bands = bands_of(codec, side, layout)
+        if isinstance(bands, str):
+            return bands
+        if triton.knobs.runtime.interpret and pages.dtype == torch.bfloat16:
+            pages = pages.float()
+        records = torch.zeros(len(pages), layout.page_bytes, dtype=torch.uint8, device=pages.device)
+        analysis = codec.transform.analysis(fit, pages.device)
+        encode_side(pages.contiguous(), fit.get("mean"), analysis, records, bands)
+        prefix = ("key.", "value.")[side]
+        return {name.removeprefix(prefix): part for name, part in layout.views(records).items()}
+
+
+@lru_cache(maxsize=256)
+def _record(codec: Codec, side: int, heads: int, dtype: torch.dtype, device: torch.device) -> RecordLayout:
+    """The record of pages that hold one side alone."""
+    page = torch.zeros(1, heads, PAGE, codec.head_dim, dtype=dtype)
+    page = page + torch.arange(codec.head_dim)  # something to fit to
+    coded = codec.encode(page, codec.fit(page.float()))
+    return RecordLayout.of({f"{('key', 'value')[side]}.{name}": part for name, part in coded.items()})
+
+
+def _refuses_codes(history: History, query: Tensor) -> str | None:
+    assert history.pool.layout is not None
+    for side, codec in enumerate(history.codecs):
+        bands = bands_of(codec, side, history.pool.layout)
+        reason = bands if isinstance(bands, str) else refuses(bands)
+        if reason is not None:
+            return reason
+    frame = history.codecs[0].frame
+    if history.rotation is not None and frame != "fixed":
+        if getattr(history.rotation, "planes", None) is None:
+            return "a rotary position embedding that is not made of planes"
+        if frame == "token":
+            return "keys before their rotary position embedding"
+        if query.shape[2] > DECODE:
+            return "prefill over keys in the frames of their pages"
+    return None
+
+
+@dataclass(frozen=True)
+class Operands:
+    """What of a history's codecs and fits the kernels take, for as long as the fits are these."""
+
+    fits: tuple[Fit, ...]
+    fit_of: tuple[int, ...]
+    plans: tuple[str, str]  # texts of plans
+    absorbing: Tensor  # [B or 1, H, D, R]
+    key_mean: Tensor | None
+    restoring: Tensor  # [B or 1, H or 1, R, D]
+    value_mean: Tensor | None
+    planes: Planes | None
+
+
+_operands: weakref.WeakKeyDictionary[History, Operands] = weakref.WeakKeyDictionary()
+
+
+def operands_of(history: History, device: torch.device) -> Operands:
+    known = _operands.get(history)
+    if known is not None and known.fits is history.fits and known.fit_of == tuple(history.fit_of):
+        return known
+    assert history.pool.layout is not None
+    bands = [bands_of(codec, side, history.pool.layout) for side, codec in enumerate(history.codecs)]
+    plans = tuple(plan(own) for own in bands if not isinstance(own, str))
+    fits = history.row_fit(0), history.row_fit(1)
+    matrices = []
+    for codec, fit in zip(history.codecs, fits, strict=True):
+        matrix = codec.transform.synthesis(fit, device)
+        matrix = torch.eye(codec.head_dim, device=device) if matrix is None else matrix.float()
+        matrices.append(matrix.expand(1, 1, *matrix.shape) if matrix.ndim == 2 else matrix)
+    planes = None
+    if history.rotation is not None and history.codecs[0].frame != "fixed":
+        planes = history.rotation.planes.to(device)  # type: ignore[attr-defined]  # `rejects` has seen to it
+    found = Operands(
+        history.fits,
+        tuple(history.fit_of),
+        (text_of_plan(plans[0]), text_of_plan(plans[1])),
+        matrices[0][..., list(plans[0].keys)].contiguous().expand(-1, history.recent[0].shape[1], -1, -1),
+        fits[0].get("mean"),
+        matrices[1][..., list(plans[1].values)].mT.contiguous(),
+        fits[1].get("mean"),
+        planes,
+    )
+    _operands[history] = found
+    return found
+
+
+@lru_cache
+def gains(device: torch.device) -> Tensor:
+    """What the bytes of logarithmic gains stand for."""
+    return LOG.decode(torch.arange(256, dtype=torch.uint8)).to(device)
+
+
+@lru_cache(maxsize=4096)
+def _ints(values: tuple[int, ...], device: torch.device) -> Tensor:
+    """int32 on the device; the same few come again in every layer."""
+    return torch.tensor(values, dtype=torch.int32, device=device)
+
+
+def _codes(query: Tensor, history: History, mask: Mask, scores: Scores) -> tuple[Tensor, Tensor]:
+    """The coded tokens' part: (means [B, H, 1, G*Q, D_v], log-sum-exps [B, H, 1, G*Q])."""
+    where = history.addresses()
+    table = Table(where.addresses, where.starts, where.fills, where.counts, max(where.held))
+    seen = None
+    if mask.tensor is not None:
+        seen = mask.tensor.contiguous(), _ints(tuple(history.pads), query.device)
+    operands = operands_of(history, query.device)
+    heads = operands.absorbing.shape[1]
+    splits = page_splits(len(query), heads, query.shape[1] // heads * query.shape[2], table.most, query.device)
+    return over_pages(query, operands, table, gains(query.device), scores, seen, splits)
+
+
+def over_pages(
+    query: Tensor, operands: Operands, table: Table, gains_of_bytes: Tensor, scores: Scores,
+    seen: tuple[Tensor, Tensor] | None, splits: int,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Queries [B, H*G, Q, D] over pages: (means [B, H, 1, G*Q, D_v], log-sum-exps [B, H, 1, G*Q]).
+
+    seen: as `attend_pages` takes its mask. Reads nothing of the device, so a graph can be made of it.
+    """
+    frames = None
+    if operands.planes is not None:
+        turning = operands.planes.order, operands.planes.frequencies, operands.planes.amplitudes
+        frames = Frames(table.starts, table.counts, table.most, PAGE // 2, *turning)
+    unit = scores.scaling * (1.0 if scores.softcap is not None else LOG2E)
+    absorbed = absorb(query, operands.absorbing, operands.key_mean, operands.plans[0], unit, frames)
+    partial = attend_pages(absorbed, table, *operands.plans, gains_of_bytes, scores.softcap, seen, splits)
+    z, log = merge([partial])
+    means = z @ operands.restoring
+    if operands.value_mean is not None:
+        means = means + operands.value_mean.unsqueeze(-2)
+    return means.unsqueeze(2), log.unsqueeze(2)
+
+
+def _exact(
+    query: Tensor, history: History | None, key: Tensor, value: Tensor, mask: Mask, scores: Scores
+) -> list[tuple[Tensor, Tensor]]:
+    """The parts of sinks, and of recent tokens with the chunk's own in causal order."""
+    parts = []
+    rows, heads, length = query.shape[0], key.shape[1], query.shape[2]
+    groups = query.shape[1] // heads
+    width, before, first = 0, 0, None
+    if history is not None and history.columns:
+        before = history.columns
+        if history.sinks:
+            sinks = [x.to(query.dtype) for x in history.sink]
+            last = _ints(tuple(min(n, history.sinks) for n in history.lengths), query.device)
+            pads = None if mask.tensor is None else _ints(tuple(history.pads), query.device)
+            own = attend_dense(query, *sinks, scores.scaling, scores.softcap, last=last, mask=mask.tensor, column=pads)
+            parts.append(own)
+        width = history.recent[0].shape[2]
+        recent = [x.to(query.dtype) for x in history.recent]
+        key, value = torch.cat([recent[0], key], dim=2), torch.cat([recent[1], value], dim=2)
+        if min(history.held) < width:
+            first = _ints(tuple(width - h for h in history.held), query.device)
+    tokens = key.shape[2]
+    seen = None if mask.tensor is None else mask.tensor[:, before - width :][:, :tokens].contiguous()
+    if length <= DECODE:
+        parts.append(
+            attend_dense(query, key, value, scores.scaling, scores.softcap, first=first, mask=seen, causal=True)
+        )
+        return parts
+    if first is not None:
+        real = torch.arange(tokens, device=query.device) >= first.unsqueeze(1)
+        seen = real if seen is None else seen & real
+    out, log = attend_chunk(query, key, value, scores.scaling, scores.softcap, mask=seen)
+    parts.append((out.view(rows, heads, 1, groups * length, -1), log.view(rows, heads, 1, groups * length)))
+    return parts
