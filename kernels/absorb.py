@@ -23,6 +23,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .device import Device, describe
+from .unpack import entry
 from .variant import Variant
 
 LARGEST = tl.constexpr(2.0)  # times 256 dimensions of a band and an offset of 127: within fp16's 65504
@@ -75,8 +76,8 @@ def absorb_kernel(
     k = tl.arange(0, 16)
     parts = tl.zeros([M, 16], tl.float32)
     for b in tl.static_range(len(BANDS)):
-        band = (r >= BANDS[b][0]) & (r < BANDS[b][1])
-        total = tl.sum(tl.where(band[None, :], half.to(tl.float32), 0.0), 1) * (-BANDS[b][2])
+        band = (r >= entry(BANDS, b, 0)) & (r < entry(BANDS, b, 1))
+        total = tl.sum(tl.where(band[None, :], half.to(tl.float32), 0.0), 1) * (-entry(BANDS, b, 2))
         high = total.to(tl.float16).to(tl.float32)
         parts += tl.where(k[None, :] == 2 * b, high[:, None], 0.0)
         parts += tl.where(k[None, :] == 2 * b + 1, (total - high)[:, None], 0.0)

@@ -2,7 +2,7 @@
 
 Each op has the name of what it launches. Its arguments are tensors, numbers and strings: a dataclass is given field by
 field, or as a text that is parsed once (`text_of_plan`, `text_of_bands`). The number of splits is the caller's, so the
-shape of what an op returns follows from shapes and numbers alone, and its fake reads no device.
+shape of what an op returns follows from shapes, numbers and the kind of device, and its fake reads no tensor.
 
 The functions below the ops take the arguments of their namesakes. While a graph is traced they call the op; otherwise
 they launch at once, which spares the host the way through the dispatcher.
@@ -110,7 +110,7 @@ def _fake_absorb(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     heads = synthesis.shape[1] if mean is None else mean.shape[1]
     rows = _rows(query, heads)
-    tiles = -(-rows // tile_rows(rows))
+    tiles = -(-rows // tile_rows(rows, describe(query.device)))
     shape = query.shape[0], heads, pages
     return (
         query.new_empty(*shape, rows, synthesis.shape[3], dtype=torch.float16),
@@ -244,8 +244,9 @@ def attend_pages(
 
 def page_splits(rows: int, heads: int, query_rows: int, pages: int, device: torch.device) -> int:
     """The splits that `pages.attend_pages` chooses for `rows` of a batch, with `query_rows` queries of a KV head."""
-    programs = rows * heads * -(-query_rows // tile_rows(query_rows))
-    return _pages.split_count(programs, pages, describe(device).multiprocessors)
+    chip = describe(device)
+    programs = rows * heads * -(-query_rows // tile_rows(query_rows, chip))
+    return _pages.split_count(programs, pages, chip.multiprocessors)
 
 
 def attend_dense(

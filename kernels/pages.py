@@ -26,7 +26,7 @@ from .layout import BandLayout, LevelTable, TrellisTable
 from .ptx import DIGEST
 from .ptx import version as ptx_version
 from .segments import Plan, plan
-from .unpack import depth, key_tile, value_tile, words
+from .unpack import depth, entry, key_tile, value_tile, words
 from .variant import ARCHS, Variant
 
 PROGRAMS = 10  # a multiprocessor: as many programs of one warp as its registers hold
@@ -124,7 +124,7 @@ def queries(Q, m, rows, R: tl.constexpr, KS: tl.constexpr):
     """The absorbed queries, a tile [16 N, M] for every segment of the keys."""
     result = ()
     for i in tl.static_range(len(KS)):
-        result = result + (query_part(Q, m, rows, R, KS[i][8], 16 * KS[i][3]),)
+        result = result + (query_part(Q, m, rows, R, entry(KS, i, 8), 16 * entry(KS, i, 3)),)
     return result
 
 
@@ -134,8 +134,19 @@ def band_product(q, offsets, base, head, BAND: tl.constexpr, KS: tl.constexpr, P
     chosen = tl.where(tl.arange(0, 16) // 2 == BAND, 2.0**-24, 0.0).to(tl.float16)
     product = tl.dot(tl.broadcast_to(chosen[None, :], [64, 16]), offsets)
     for i in tl.static_range(len(KS)):
-        if KS[i][0] == BAND:
-            numbers = key_numbers(base, head, KS[i][1], KS[i][2], KS[i][3], KS[i][4], KS[i][5], KS[i][6], KS[i][7], PTX)
+        if entry(KS, i, 0) == BAND:
+            numbers = key_numbers(
+                base,
+                head,
+                entry(KS, i, 1),
+                entry(KS, i, 2),
+                entry(KS, i, 3),
+                entry(KS, i, 4),
+                entry(KS, i, 5),
+                entry(KS, i, 6),
+                entry(KS, i, 7),
+                PTX,
+            )
             product = tl.dot(numbers, q[i], product)
     return product
 
@@ -146,7 +157,7 @@ def scores_of(q, offsets, scale, base, head, token, live, known, KS: tl.constexp
     """Scores of a page [64, M] in the order of `token`, without the mean's part."""
     total = tl.where(live, 0.0, float("-inf"))[:, None]
     for b in tl.static_range(len(KB)):
-        gain = gains(base, KB[b][0], head, token, live, known, KB[b][1]) * (scale * KB[b][2])
+        gain = gains(base, entry(KB, b, 0), head, token, live, known, entry(KB, b, 1)) * (scale * entry(KB, b, 2))
         total = band_product(q, offsets, base, head, b, KS, PTX) * gain[:, None] + total
     return total
 
@@ -155,7 +166,7 @@ def scores_of(q, offsets, scale, base, head, token, live, known, KS: tl.constexp
 def zero_sums(M: tl.constexpr, VS: tl.constexpr):
     result = ()
     for i in tl.static_range(len(VS)):
-        result = result + (tl.zeros([16 * VS[i][3], M], tl.float32),)
+        result = result + (tl.zeros([16 * entry(VS, i, 3), M], tl.float32),)
     return result
 
 
@@ -164,8 +175,8 @@ def value_scales(base, head, slot, known, VB: tl.constexpr):
     """For each band what its gains are divided by, so that fp16 holds them: their largest in a split's first page."""
     result = ()
     for b in tl.static_range(len(VB)):
-        if VB[b][1] == 0:
-            largest = tl.max(tl.abs(gains(base, VB[b][0], head, slot, slot >= 0, known, 0)), 0)
+        if entry(VB, b, 1) == 0:
+            largest = tl.max(tl.abs(gains(base, entry(VB, b, 0), head, slot, slot >= 0, known, 0)), 0)
             result = result + (tl.where((largest > 0) & (largest < float("inf")), largest, 1.0),)
         else:
             result = result + (1.0,)
@@ -192,16 +203,27 @@ def add_values(sums, counts, weights, shrink, value_scale, base, head, slot, liv
     halves = ()
     counted = ()
     for b in tl.static_range(len(VB)):
-        gain = gains(base, VB[b][0], head, slot, live, known, VB[b][1])
-        if VB[b][1] == 0:
+        gain = gains(base, entry(VB, b, 0), head, slot, live, known, entry(VB, b, 1))
+        if entry(VB, b, 1) == 0:
             gain = gain / value_scale[b]
         half = scaled(weights, gain, PTX)
         halves = halves + (half,)
         counted = counted + (tl.dot(tl.full([16, 64], 1.0, tl.float16), half, counts[b] * shrink[None, :]),)
     result = ()
     for i in tl.static_range(len(VS)):
-        numbers = value_numbers(base, head, VS[i][1], VS[i][2], VS[i][3], VS[i][4], VS[i][5], VS[i][6], VS[i][7], PTX)
-        result = result + (tl.dot(numbers, halves[VS[i][0]], sums[i] * shrink[None, :]),)
+        numbers = value_numbers(
+            base,
+            head,
+            entry(VS, i, 1),
+            entry(VS, i, 2),
+            entry(VS, i, 3),
+            entry(VS, i, 4),
+            entry(VS, i, 5),
+            entry(VS, i, 6),
+            entry(VS, i, 7),
+            PTX,
+        )
+        result = result + (tl.dot(numbers, halves[entry(VS, i, 0)], sums[i] * shrink[None, :]),)
     return result, counted
 
 
@@ -218,11 +240,11 @@ def offsets_of(Offsets, m, rows):
 
 
 @triton.jit
-def means(sums, counts, scale, total, BAND: tl.constexpr):
+def means(sums, counts, scale, total, VB: tl.constexpr, BAND: tl.constexpr):
     """Weighted means of what a band's codes stand for, from the sums of its numbers and of their weights (all rows of
     `counts` are the same).
     """
-    return (sums - (tl.max(counts, 0) * BAND[3])[None, :]) * (scale * BAND[2] / total)[None, :]
+    return (sums - (tl.max(counts, 0) * entry(VB, BAND, 3))[None, :]) * (scale * entry(VB, BAND, 2) / total)[None, :]
 
 
 @triton.jit
@@ -313,8 +335,15 @@ def pages_kernel(
     seen = total > 0
     to = (row.to(tl.int64) * heads + head) * splits + split
     for i in tl.static_range(len(VS)):
-        mean = means(sums[i], counts[VS[i][0]], value_scale[VS[i][0]], tl.where(seen, total, 1.0), VB[VS[i][0]])
-        store_sums(Out + to * rows * RV, mean, m, rows, RV, VS[i][8], 16 * VS[i][3])
+        mean = means(
+            sums[i],
+            counts[entry(VS, i, 0)],
+            value_scale[entry(VS, i, 0)],
+            tl.where(seen, total, 1.0),
+            VB,
+            entry(VS, i, 0),
+        )
+        store_sums(Out + to * rows * RV, mean, m, rows, RV, entry(VS, i, 8), 16 * entry(VS, i, 3))
     lse = tl.where(seen, (top + tl.log2(total)) * 0.6931471805599453, float("-inf"))
     tl.store(Lse + to * rows + m, lse, m < rows)
 

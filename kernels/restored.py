@@ -131,18 +131,50 @@ def scores_of(
 
 
 @triton.jit
-def add_values(sums, counts, weights, shrink, value_scale, base, head, slot, live, known, VS: tl.constexpr,
-               VB: tl.constexpr, PTX: tl.constexpr, LANES: tl.constexpr):  # fmt: skip
+def zero_counts(M: tl.constexpr):
+    if M >= 64:
+        result = tl.zeros([M, 16], tl.float32)
+    else:
+        result = tl.zeros([16, M], tl.float32)
+    return result
+
+
+@triton.jit
+def counted(weights, counts, shrink, M: tl.constexpr):
+    """Sums of weights fp16 [64, M] joined to those before, which shrink: all 16 columns, or rows, are the same.
+
+    In the second form every warp holds all weights, in the first one none does: they are read from shared memory.
+    """
+    if M >= 64:
+        result = tl.dot(tl.trans(weights), tl.full([64, 16], 1.0, tl.float16), counts * shrink[:, None])
+    else:
+        result = tl.dot(tl.full([16, 64], 1.0, tl.float16), weights, counts * shrink[None, :])
+    return result
+
+
+@triton.jit
+def added_up(counts, M: tl.constexpr):
+    """[16, M] of what `counted` keeps."""
+    if M >= 64:
+        result = tl.trans(counts)
+    else:
+        result = counts
+    return result
+
+
+@triton.jit
+def add_values(sums, counts, weights, shrink, value_scale, base, head, slot, live, known, M: tl.constexpr,
+               VS: tl.constexpr, VB: tl.constexpr, PTX: tl.constexpr, LANES: tl.constexpr):  # fmt: skip
     """As `pages.add_values`, for programs of LANES lanes."""
     halves = ()
-    counted = ()
+    gathered = ()
     for b in tl.static_range(len(VB)):
         gain = gains(base, VB[b][0], head, slot, live, known, VB[b][1])
         if VB[b][1] == 0:
             gain = gain / value_scale[b]
         half = scaled(weights, gain, PTX)
         halves = halves + (half,)
-        counted = counted + (tl.dot(tl.full([16, 64], 1.0, tl.float16), half, counts[b] * shrink[None, :]),)
+        gathered = gathered + (counted(half, counts[b], shrink, M),)
     result = ()
     for i in tl.static_range(len(VS)):
         if 16 * VS[i][3] >= LANES:
@@ -155,7 +187,7 @@ def add_values(sums, counts, weights, shrink, value_scale, base, head, slot, liv
                 parts(32 * VS[i][3], LANES),
             )  # fmt: skip
         result = result + (tl.dot(numbers, halves[VS[i][0]], sums[i] * shrink[None, :]),)
-    return result, counted
+    return result, gathered
 
 
 @triton.jit
@@ -241,10 +273,10 @@ def restored_kernel(
     angles = Angles + row.to(tl.int64) * angles_row
     mask = Mask + row.to(tl.int64) * mask_row
     pad = tl.load(Pads + row) if MASKED else 0
-    top, total, sums = tl.full([M], -1.0e30, tl.float32), tl.zeros([16, M], tl.float32), zero_sums(M, VS)
+    top, total, sums = tl.full([M], -1.0e30, tl.float32), zero_counts(M), zero_sums(M, VS)
     counts = ()
     for _ in tl.static_range(len(VB)):
-        counts = counts + (tl.zeros([16, M], tl.float32),)
+        counts = counts + (zero_counts(M),)
     value_scale = value_scales(tl.load(table + tl.minimum(first, tl.maximum(count - 1, 0))), head, slot, gain_of, VB)
     for page in tl.range(first, last):
         base = tl.load(table + page)
@@ -265,15 +297,17 @@ def restored_kernel(
         half = tl.exp2(scores - known[None, :]).to(tl.float16)
         shrink = tl.exp2(top - known)
         top = known
-        total = tl.dot(tl.full([16, 64], 1.0, tl.float16), half, total * shrink[None, :])
+        total = counted(half, total, shrink, M)
         sums, counts = add_values(
-            sums, counts, half, shrink, value_scale, base, head, slot, live, gain_of, VS, VB, PTX, LANES
+            sums, counts, half, shrink, value_scale, base, head, slot, live, gain_of, M, VS, VB, PTX, LANES
         )  # fmt: skip
-    total = tl.max(total, 0)
+    total = tl.max(added_up(total, M), 0)
     seen = total > 0
     to = (row.to(tl.int64) * heads + head) * splits + split
     for i in tl.static_range(len(VS)):
-        result = means(sums[i], counts[VS[i][0]], value_scale[VS[i][0]], tl.where(seen, total, 1.0), VB[VS[i][0]])
+        result = means(
+            sums[i], added_up(counts[VS[i][0]], M), value_scale[VS[i][0]], tl.where(seen, total, 1.0), VB[VS[i][0]]
+        )
         store_sums(Out + to * rows * RV, result, m, rows, RV, VS[i][8], 16 * VS[i][3])
     lse = tl.where(seen, (top + tl.log2(total)) * 0.6931471805599453, float("-inf"))
     tl.store(Lse + to * rows + m, lse, m < rows)

@@ -40,6 +40,12 @@ def _halves(count):
 
 
 @triton.constexpr_function
+def entry(table, i, j):
+    """table[i][j] of a tuple of tuples, which Triton 3.6 does not index twice."""
+    return table[i][j]
+
+
+@triton.constexpr_function
 def depth(kind, bits):
     """How many blocks before its own a block's trellis windows reach into."""
     from .ptx import previous_blocks
