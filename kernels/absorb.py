@@ -14,7 +14,7 @@ columns permuted by the caller.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -26,6 +26,7 @@ from .device import Device, describe
 from .unpack import entry
 from .variant import Variant
 
+GROUP = 16  # pages whose queries one program absorbs, so that it loads the synthesis once
 LARGEST = tl.constexpr(2.0)  # times 256 dimensions of a band and an offset of 127: within fp16's 65504
 
 
@@ -41,56 +42,62 @@ def absorb_kernel(
     Out, Scale, Bias, Offsets,
     pages, rows, heads, unit, middle,
     D: tl.constexpr, DP: tl.constexpr, R: tl.constexpr, RP: tl.constexpr, M: tl.constexpr, BANDS: tl.constexpr,
-    TURNED: tl.constexpr, CENTRED: tl.constexpr,
+    TURNED: tl.constexpr, CENTRED: tl.constexpr, GROUP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    page, head, at = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    """Program (group of GROUP pages, head, row and tile of queries); the group has one member where nothing turns."""
+    group, head, at = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     tiles = tl.cdiv(rows, M)
     row, tile = at // tiles, at % tiles
-    if TURNED and page >= tl.load(Counts + row):
-        return
     m = tile * M + tl.arange(0, M)
     j = tl.arange(0, DP // 2)
-    live = (m < rows)[:, None] & (j < D // 2)[None, :]
-    source = Q + row.to(tl.int64) * q_row + (head.to(tl.int64) * rows + m)[:, None] * q_head
-    first, second = tl.load(Planes + j, j < D // 2, 0), tl.load(Planes + D // 2 + j, j < D // 2, 0)
-    x = tl.load(source + first[None, :], live, 0.0).to(tl.float32)
-    y = tl.load(source + second[None, :], live, 0.0).to(tl.float32)
-    if TURNED:
-        position = tl.load(Starts + row * starts_row + page) + middle
-        angle = position.to(tl.float32) * tl.load(Frequencies + j, j < D // 2, 0.0)
-        amplitude = tl.load(Amplitudes + j, j < D // 2, 1.0)
-        x, y = turned(x, y, (tl.cos(angle) * amplitude)[None, :], (tl.sin(angle) * amplitude)[None, :])
     r = tl.arange(0, RP)
-    weights = W + row.to(tl.int64) * w_row + head.to(tl.int64) * w_head
-    inside = (j < D // 2)[:, None] & (r < R)[None, :]
-    upper = tl.load(weights + first[:, None] * R + r[None, :], inside, 0.0)
-    lower = tl.load(weights + second[:, None] * R + r[None, :], inside, 0.0)
-    result = tl.dot(x, upper, input_precision="ieee")
-    result = tl.dot(y, lower, result, input_precision="ieee") * unit
-    place = (row.to(tl.int64) * heads + head) * pages + page
-    largest = tl.max(tl.max(tl.abs(result), 1), 0)
-    scale = tl.where(largest > 0, largest / LARGEST, 1.0)
-    tl.store(Scale + place * tiles + tile, scale)
-    half = (result / scale).to(tl.float16)
-    tl.store(Out + (place * rows + m)[:, None] * R + r[None, :], half, (m < rows)[:, None] & (r < R)[None, :])
     k = tl.arange(0, 16)
-    parts = tl.zeros([M, 16], tl.float32)
-    for b in tl.static_range(len(BANDS)):
-        band = (r >= entry(BANDS, b, 0)) & (r < entry(BANDS, b, 1))
-        total = tl.sum(tl.where(band[None, :], half.to(tl.float32), 0.0), 1) * (-entry(BANDS, b, 2))
-        high = total.to(tl.float16).to(tl.float32)
-        parts += tl.where(k[None, :] == 2 * b, high[:, None], 0.0)
-        parts += tl.where(k[None, :] == 2 * b + 1, (total - high)[:, None], 0.0)
-    tl.store(Offsets + (place * rows + m)[:, None] * 16 + k[None, :], parts.to(tl.float16), (m < rows)[:, None])
-    if CENTRED:
-        centre = Mean + row.to(tl.int64) * m_row + head * D
-        mean_x, mean_y = tl.load(centre + first, j < D // 2, 0.0), tl.load(centre + second, j < D // 2, 0.0)
-        bias = tl.sum(x * mean_x[None, :], 1) + tl.sum(y * mean_y[None, :], 1)
-        tl.store(Bias + place * rows + m, bias * unit, m < rows)
+    live = (j < D // 2)[:, None] & (m < rows)[None, :]
+    source = Q + row.to(tl.int64) * q_row + (head.to(tl.int64) * rows + m)[None, :] * q_head
+    first, second = tl.load(Planes + j, j < D // 2, 0), tl.load(Planes + D // 2 + j, j < D // 2, 0)
+    x0 = tl.load(source + first[:, None], live, 0.0).to(tl.float32)
+    y0 = tl.load(source + second[:, None], live, 0.0).to(tl.float32)
+    weights = W + row.to(tl.int64) * w_row + head.to(tl.int64) * w_head
+    inside = (r < R)[:, None] & (j < D // 2)[None, :]
+    upper = tl.load(weights + first[None, :] * R + r[:, None], inside, 0.0)
+    lower = tl.load(weights + second[None, :] * R + r[:, None], inside, 0.0)
+    last = pages
+    if TURNED:
+        frequency = tl.load(Frequencies + j, j < D // 2, 0.0)
+        amplitude = tl.load(Amplitudes + j, j < D // 2, 1.0)
+        last = tl.minimum(tl.load(Counts + row), pages)
+    for page in tl.range(group * GROUP, tl.minimum((group + 1) * GROUP, last)):
+        x, y = x0, y0
+        if TURNED:
+            position = tl.load(Starts + row * starts_row + page) + middle
+            angle = position.to(tl.float32) * frequency
+            x, y = turned(x0, y0, (tl.cos(angle) * amplitude)[:, None], (tl.sin(angle) * amplitude)[:, None])
+        # as precise as its result will be, which is rounded to fp16
+        result = tl.dot(upper, x, input_precision=PRECISION)
+        result = tl.dot(lower, y, result, input_precision=PRECISION) * unit
+        place = (row.to(tl.int64) * heads + head) * pages + page
+        largest = tl.max(tl.max(tl.abs(result), 1), 0)
+        scale = tl.where(largest > 0, largest / LARGEST, 1.0)
+        tl.store(Scale + place * tiles + tile, scale)
+        half = (result / scale).to(tl.float16)
+        tl.store(Out + (place * rows + m)[None, :] * R + r[:, None], half, (r < R)[:, None] & (m < rows)[None, :])
+        parts = tl.zeros([16, M], tl.float32)
+        for b in tl.static_range(len(BANDS)):
+            band = (r >= entry(BANDS, b, 0)) & (r < entry(BANDS, b, 1))
+            total = tl.sum(tl.where(band[:, None], half.to(tl.float32), 0.0), 0) * (-entry(BANDS, b, 2))
+            high = total.to(tl.float16).to(tl.float32)
+            parts += tl.where(k[:, None] == 2 * b, high[None, :], 0.0)
+            parts += tl.where(k[:, None] == 2 * b + 1, (total - high)[None, :], 0.0)
+        tl.store(Offsets + (place * rows + m)[None, :] * 16 + k[:, None], parts.to(tl.float16), (m < rows)[None, :])
+        if CENTRED:
+            centre = Mean + row.to(tl.int64) * m_row + head * D
+            mean_x, mean_y = tl.load(centre + first, j < D // 2, 0.0), tl.load(centre + second, j < D // 2, 0.0)
+            bias = tl.sum(x * mean_x[:, None], 0) + tl.sum(y * mean_y[:, None], 0)
+            tl.store(Bias + place * rows + m, bias * unit, m < rows)
 
 
 def tile_rows(rows: int, device: Device) -> int:
-    """Rows of a tile for `rows` query rows of a KV head: what matrix instructions take at least (AMD's 16), at most 64."""
+    """Rows of a tile for `rows` query rows of a KV head: at least what matrix instructions take, at most 64."""
     sizes = (16, 32, 64) if device.hip else (8, 16, 32, 64)
     return next(size for size in sizes if rows <= size or size == 64)
 
@@ -145,29 +152,29 @@ def absorb(
     tile = tile_rows(rows, describe(query.device))
     tiles = triton.cdiv(rows, tile)
     shape = (rows_of, heads, pages)
-    like = {"dtype": torch.float32, "device": query.device}
+    new = partial(torch.empty, dtype=torch.float32, device=query.device)
     result = Absorbed(
         torch.empty(*shape, rows, rank, dtype=torch.float16, device=query.device),
-        torch.empty(*shape, tiles, **like),
-        torch.empty(*shape, rows if mean is not None else 0, **like),
+        new(*shape, tiles),
+        new(*shape, rows if mean is not None else 0),
         torch.empty(*shape, rows, 16, dtype=torch.float16, device=query.device),
         frames is not None,
     )
     if frames is None:
-        nothing = torch.empty(0, **like)
+        nothing = new(0)
         frames = Frames(nothing, nothing, 1, 0, _identity(width, query.device), nothing, nothing)
         turned = False
     else:
         turned = True
     centre = result.bias if mean is None else mean
-    absorb_kernel[(pages, heads, rows_of * tiles)](
+    absorb_kernel[(triton.cdiv(pages, GROUP), heads, rows_of * tiles)](
         query, query.stride(0), width, synthesis, *_strides(synthesis, rows_of, heads), centre,
         0 if mean is None or len(mean) == 1 else mean.stride(0), frames.order, frames.frequencies, frames.amplitudes,
         frames.starts, frames.starts.stride(0) if turned else 0, frames.counts,
         result.queries, result.scale, result.bias, result.offsets, pages, rows, heads, unit, frames.middle,
         D=width, DP=max(triton.next_power_of_2(width), 32), R=rank, RP=triton.next_power_of_2(rank), M=tile,
-        BANDS=bands, TURNED=turned, CENTRED=mean is not None,
-        num_warps=4 if tile < 64 else 8,
+        BANDS=bands, TURNED=turned, CENTRED=mean is not None, GROUP=GROUP, PRECISION="tf32" if turned else "ieee",
+        num_warps=4 if rank <= 128 else 8,
     )  # fmt: skip
     return result
 
@@ -191,7 +198,7 @@ def variants() -> list[Variant]:
         pointers |= dict.fromkeys(("Planes", "Starts", "Counts"), "*i32")
         constants: dict[str, Any] = {
             "D": 128, "DP": 128, "R": 128, "RP": 128, "M": 8, "BANDS": ((0, 128, 10.0),), "TURNED": turned,
-            "CENTRED": True,
+            "CENTRED": True, "GROUP": GROUP, "PRECISION": "tf32" if turned else "ieee",
         }  # fmt: skip
         types = {**dict.fromkeys(constants, "constexpr"), **pointers, "unit": "fp32"}
         signature = {name: types.get(name, "i32") for name in absorb_kernel.arg_names}

@@ -171,12 +171,12 @@ def zero_sums(M: tl.constexpr, VS: tl.constexpr):
 
 
 @triton.jit
-def value_scales(base, head, slot, known, VB: tl.constexpr):
+def value_scales(base, head, slot, live, known, VB: tl.constexpr):
     """For each band what its gains are divided by, so that fp16 holds them: their largest in a split's first page."""
     result = ()
     for b in tl.static_range(len(VB)):
         if entry(VB, b, 1) == 0:
-            largest = tl.max(tl.abs(gains(base, entry(VB, b, 0), head, slot, slot >= 0, known, 0)), 0)
+            largest = tl.max(tl.abs(gains(base, entry(VB, b, 0), head, slot, live, known, 0)), 0)
             result = result + (tl.where((largest > 0) & (largest < float("inf")), largest, 1.0),)
         else:
             result = result + (1.0,)
@@ -318,7 +318,14 @@ def pages_kernel(
     for _ in tl.static_range(len(VB)):
         counts = counts + (tl.zeros([16, M], tl.float32),)
     state = (tl.full([M], -1.0e30, tl.float32), tl.zeros([16, M], tl.float32), zero_sums(M, VS), counts)
-    value_scale = value_scales(tl.load(table + tl.minimum(first, tl.maximum(count - 1, 0))), head, slot, gain_of, VB)
+    value_scale = value_scales(
+        tl.load(table + tl.minimum(first, tl.maximum(count - 1, 0))),
+        head,
+        slot,
+        slot < (last - first) * 64,  # none where the split has no pages
+        gain_of,
+        VB,
+    )
     for page in tl.range(first, last):
         if PER_PAGE:
             here = place + page
@@ -392,15 +399,10 @@ def variants() -> list[Variant]:
     The tables' entries are examples: no instruction depends on them.
     """
     three = TrellisTable(tuple(tuple(range(first, first + 8)) for first in (0, 8, 16)), 10.0, 0.1)
-    bands = {
-        f"{name}{bits}": (BandLayout(0, 128, kind, bits, table=table),)
-        for name, kind, bits, table in (
-            ("trellis", "trellis", 2, three),
-            ("trellis", "trellis", 3, three),
-            ("trellis", "trellis", 4, three),
-            ("lloyd", "lloyd", 3, LevelTable(tuple(range(8)), tuple(range(7)), tuple(range(8)), 1.0, 3.5)),
-            ("lloyd", "lloyd", 4, LevelTable(tuple(range(16)), tuple(range(15)), tuple(range(16)), 1.0, 7.5)),
-        )
+    levels = {n: LevelTable(tuple(range(2**n)), tuple(range(2**n - 1)), tuple(range(2**n)), 1.0, 3.5) for n in (3, 4)}
+    bands: dict[str, tuple[BandLayout, ...]] = {
+        **{f"trellis{n}": (BandLayout(0, 128, "trellis", n, table=three),) for n in (2, 3, 4)},
+        **{f"lloyd{n}": (BandLayout(0, 128, "lloyd", n, table=levels[n]),) for n in (3, 4)},
     }
     bands["spectral3"] = (
         BandLayout(0, 32, "trellis", 4, "log", table=three),

@@ -52,7 +52,10 @@ def plan(bands: tuple[BandLayout, ...]) -> Plan:
     """The plan of bands; raises ValueError where `refuses` says why."""
     if reason := refuses(bands):
         raise ValueError(f"the attention kernels cannot read {reason}")
-    segments, described, keys, values = [], [], [], []
+    segments: list[tuple[int, int, int, int, int, int, tuple[int, ...], int, int]] = []
+    described: list[tuple[int, int, float, float, int, int]] = []
+    keys: list[int] = []
+    values: list[int] = []
     for index, band in enumerate(bands):
         assert band.table is not None
         kind, tables, step, offset = _table(band.table)

@@ -26,6 +26,13 @@ from kvcompress.store import PAGE, SLOT_OF, SLOTS, PagePool, PageTable
 ENCODE_PAGES = 64  # pages coded at a time: bounds the encoder's workspace
 
 
+class Derived(Protocol):
+    """What a backend makes of a history's fits, and keeps with it."""
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]: ...
+
+
 class Rotation(Protocol):
     """A model's rotary position embedding of keys [B, H, T, D] at positions int64 [B, T], and its inverse."""
 
@@ -86,6 +93,7 @@ class History:
         self.queries: list[Tensor] = []  # [H*G, n, D] of each row's first tokens, while a codec waits to be fitted
         self.fits: tuple[Fit, ...] = self.preset or ({}, {})
         self.fit_of: list[int] = []  # each row's place in `fits`, -1 before it is fitted
+        self.derived: Derived | None = None
 
     @property
     def columns(self) -> int:

@@ -300,12 +300,13 @@ class CompressedLayer(CacheLayerMixin):
         pages = history.pool.stored_bytes()
         codes = sum(size for name, size in pages.items() if name.endswith(".codes"))
         fits = [item for fit in history.fits for item in fit.items()]
+        derived = () if history.derived is None else history.derived.tensors
         fresh = rows * pending[0].shape[2] if pending else 0
         return MemoryReport(
             codes=codes,
             scales=sum(pages.values()) - codes,
             means=storage_bytes(x for name, x in fits if name.split(".")[-1] == "mean"),
-            bases=storage_bytes(x for name, x in fits if name.split(".")[-1] != "mean"),
+            bases=storage_bytes([*(x for name, x in fits if name.split(".")[-1] != "mean"), *derived]),
             tables=storage_bytes(history.tables()),
             exact=storage_bytes([*history.sink, *history.recent, *history.queries, *pending]),
             tokens=max(history.lengths, default=0) + (pending[0].shape[2] if pending else 0),
