@@ -9,6 +9,7 @@ import typer
 from rich.console import Console
 
 from benchmarks import frontier
+from benchmarks import gpu as gpu_job
 from benchmarks import quick as quick_job
 from benchmarks import static as static_job
 from benchmarks.caches import SPECS
@@ -136,6 +137,38 @@ def static(
         Console(stderr=True).print(f"Error: {error}", style="red", markup=False, soft_wrap=True)
         raise typer.Exit(2) from error
     if not within:
+        raise typer.Exit(1)
+
+
+@app.command()
+def gpu(
+    minutes: Annotated[float, typer.Option(help="minutes that it may take")] = gpu_job.Settings.minutes,
+    only: Annotated[
+        str,
+        typer.Option(
+            help="parts of jobs' names, with semicolons between, any of which a job must have  [default: all]"
+        ),
+    ] = "",
+    workers: Annotated[int, typer.Option(help="processes that check side by side")] = gpu_job.Settings.workers,
+    dry: Annotated[bool, typer.Option("--dry", help="tiny shapes on the CPU, with TRITON_INTERPRET=1")] = False,
+    commit: Annotated[str | None, typer.Option(help="what rows say of the code  [default: git's commit]")] = None,
+    output: Annotated[
+        Path | None, typer.Option(help="folder for DEVICE.jsonl  [default: benchmarks/results/gpu; --dry: none]")
+    ] = None,
+) -> None:
+    """The kernels on a GPU: right, and how fast: decode, encode, prefill, and a model of 8 billion parameters.
+
+    Exit status 1: a check failed.
+    """
+    try:
+        parts = tuple(part.strip() for part in only.split(";") if part.strip())
+        settings = gpu_job.Settings(minutes, parts, workers, dry, commit)
+        folder = output or (None if dry else Path("benchmarks/results/gpu"))
+        rows = gpu_job.perform(settings, folder, Console())
+    except (ValueError, OSError) as error:
+        Console(stderr=True).print(f"Error: {error}", style="red", markup=False, soft_wrap=True)
+        raise typer.Exit(2) from error
+    if any(row["status"] == "failed" and row["job"].startswith("check") for row in rows):
         raise typer.Exit(1)
 
 

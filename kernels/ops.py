@@ -46,6 +46,7 @@ def plan_of(text: str) -> Plan:
     return Plan(*ast.literal_eval(text))
 
 
+@lru_cache(maxsize=256)
 def text_of_bands(bands: tuple[BandLayout, ...]) -> str:
     """Bands as ops take them."""
     return repr(tuple(astuple(band) for band in bands))
@@ -252,17 +253,20 @@ def page_splits(rows: int, heads: int, query_rows: int, pages: int, device: torc
 def attend_dense(
     query: Tensor, key: Tensor, value: Tensor, scaling: float, softcap: float | None = None, *,
     first: Tensor | None = None, last: Tensor | None = None, mask: Tensor | None = None, column: Tensor | None = None,
-    causal: bool = False, splits: int,
+    causal: bool = False, splits: int | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """As `dense.attend_dense`."""
+    """As `dense.attend_dense`; a traced call says the splits, since the choice asks the device."""
+    if splits is None:
+        heads = key.shape[1]
+        splits = dense_splits(len(query), heads, _rows(query, heads), key.shape[2], query.device)
     return _launch_attend_dense(query, key, value, scaling, softcap, first, last, mask, column, causal, splits)
 
 
 def dense_splits(rows: int, heads: int, query_rows: int, tokens: int, device: torch.device) -> int:
     """The splits that `dense.attend_dense` chooses; see `page_splits`."""
-    tile = max(16, min(64, 1 << (query_rows - 1).bit_length()))
-    programs = rows * heads * -(-query_rows // tile)
-    return _dense.split_count(programs, tokens, describe(device).multiprocessors)
+    chip = describe(device)
+    tile = _dense.dense_config(query_rows, 1, 1, 1, chip).block_m
+    return _dense.split_count(max(rows * heads * -(-query_rows // tile), 1), tokens, chip.multiprocessors)
 
 
 def attend_chunk(

@@ -15,17 +15,77 @@ Shapes and results as in `pages`; the token order of rows, 8 g + i in row 8 i + 
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import Any
+
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
-from .pages import gains, key_numbers, means, scaled, softcapped, store_sums, value_numbers, value_scales, zero_sums
+from .checks import DTYPES, check, check_rows
+from .layout import BandLayout, TrellisTable
+from .pages import (
+    Table,
+    gains,
+    key_numbers,
+    means,
+    scaled,
+    softcapped,
+    store_sums,
+    value_numbers,
+    value_scales,
+    zero_sums,
+)
+from .ptx import DIGEST
+from .ptx import version as ptx_version
+from .segments import Plan, plan
 from .spread import parts, spread_keys, spread_values
+from .unpack import entry
+from .variant import ARCHS, Variant
 
 PAGE = 64
 LARGEST = tl.constexpr(1024.0)  # what a tile's largest query coordinate is brought to, so that fp16 loses little
 
 #: What a frame is called by the kernel, and how far from a page's first token its angle is taken.
 FRAMES = {"page": (1, PAGE // 2), "token": (2, 0)}
+PLANES = 32  # of a chunk
+WARPS = 4  # what Hopper's matrix instructions are done by together; each takes 16 of a page's tokens
+LOG2E = 1.4426950408889634
+
+
+@triton.jit
+def key_segment(base, head, PART: tl.constexpr, KS: tl.constexpr, PTX: tl.constexpr, LANES: tl.constexpr):
+    """fp16 [64, 16 N], one segment of the keys, by LANES lanes."""
+    S: tl.constexpr = entry(KS, PART, 1)
+    S0: tl.constexpr = entry(KS, PART, 2)
+    N: tl.constexpr = entry(KS, PART, 3)
+    KIND: tl.constexpr = entry(KS, PART, 4)
+    BITS: tl.constexpr = entry(KS, PART, 5)
+    T: tl.constexpr = entry(KS, PART, 6)
+    CODES: tl.constexpr = entry(KS, PART, 7)
+    if 32 * N >= LANES:
+        numbers = key_numbers(base, head, S, S0, N, KIND, BITS, T, CODES, PTX)
+    else:
+        numbers = spread_keys(base, head, S, S0, N, KIND, BITS, T, CODES, PTX, parts(32 * N, LANES))
+    return numbers
+
+
+@triton.jit
+def value_segment(base, head, PART: tl.constexpr, VS: tl.constexpr, PTX: tl.constexpr, LANES: tl.constexpr):
+    """fp16 [16 N, 64], one segment of the values, by LANES lanes."""
+    S: tl.constexpr = entry(VS, PART, 1)
+    S0: tl.constexpr = entry(VS, PART, 2)
+    N: tl.constexpr = entry(VS, PART, 3)
+    KIND: tl.constexpr = entry(VS, PART, 4)
+    BITS: tl.constexpr = entry(VS, PART, 5)
+    T: tl.constexpr = entry(VS, PART, 6)
+    CODES: tl.constexpr = entry(VS, PART, 7)
+    if 16 * N >= LANES:
+        numbers = value_numbers(base, head, S, S0, N, KIND, BITS, T, CODES, PTX)
+    else:
+        numbers = spread_values(base, head, S, S0, N, KIND, BITS, T, CODES, PTX, parts(32 * N, LANES))
+    return numbers
 
 
 @triton.jit
@@ -34,20 +94,12 @@ def coded_keys(base, head, token, live, known, KS: tl.constexpr, KB: tl.constexp
     """What the codes of a page's keys stand for, fp16: a tile [64, 16 N] for every segment; zero where not live."""
     factors = ()
     for b in tl.static_range(len(KB)):
-        factors = factors + (gains(base, KB[b][0], head, token, live, known, KB[b][1]) * KB[b][2],)
+        factors = factors + (gains(base, entry(KB, b, 0), head, token, live, known, entry(KB, b, 1)) * entry(KB, b, 2),)
     result = ()
     for i in tl.static_range(len(KS)):
-        if parts(32 * KS[i][3], LANES) == 1:
-            numbers = key_numbers(
-                base, head, KS[i][1], KS[i][2], KS[i][3], KS[i][4], KS[i][5], KS[i][6], KS[i][7], PTX
-            )  # fmt: skip
-        else:
-            numbers = spread_keys(
-                base, head, KS[i][1], KS[i][2], KS[i][3], KS[i][4], KS[i][5], KS[i][6], KS[i][7], PTX,
-                parts(32 * KS[i][3], LANES),
-            )  # fmt: skip
-        factor = factors[KS[i][0]]
-        y = numbers.to(tl.float32) * factor[:, None] - (factor * KB[KS[i][0]][3])[:, None]
+        numbers = key_segment(base, head, i, KS, PTX, LANES)
+        factor = factors[entry(KS, i, 0)]
+        y = numbers.to(tl.float32) * factor[:, None] - (factor * entry(KB, entry(KS, i, 0), 3))[:, None]
         result = result + (y.to(tl.float16),)
     return result
 
@@ -67,7 +119,7 @@ def coordinates(y, W, mean, CHUNK: tl.constexpr, C: tl.constexpr, HALF: tl.const
     if CENTRED:
         total = tl.dot(tl.full([64, 16], 1.0, tl.float16), mean, total)
     for i in tl.static_range(len(KS)):
-        total = tl.dot(y[i], synthesis_part(W, KS[i][8], 16 * KS[i][3], CHUNK * C, C, HALF), total)
+        total = tl.dot(y[i], synthesis_part(W, entry(KS, i, 8), 16 * entry(KS, i, 3), CHUNK * C, C, HALF), total)
     return total
 
 
@@ -169,24 +221,16 @@ def add_values(sums, counts, weights, shrink, value_scale, base, head, slot, liv
     halves = ()
     gathered = ()
     for b in tl.static_range(len(VB)):
-        gain = gains(base, VB[b][0], head, slot, live, known, VB[b][1])
-        if VB[b][1] == 0:
+        gain = gains(base, entry(VB, b, 0), head, slot, live, known, entry(VB, b, 1))
+        if entry(VB, b, 1) == 0:
             gain = gain / value_scale[b]
         half = scaled(weights, gain, PTX)
         halves = halves + (half,)
         gathered = gathered + (counted(half, counts[b], shrink, M),)
     result = ()
     for i in tl.static_range(len(VS)):
-        if 16 * VS[i][3] >= LANES:
-            numbers = value_numbers(
-                base, head, VS[i][1], VS[i][2], VS[i][3], VS[i][4], VS[i][5], VS[i][6], VS[i][7], PTX
-            )  # fmt: skip
-        else:
-            numbers = spread_values(
-                base, head, VS[i][1], VS[i][2], VS[i][3], VS[i][4], VS[i][5], VS[i][6], VS[i][7], PTX,
-                parts(32 * VS[i][3], LANES),
-            )  # fmt: skip
-        result = result + (tl.dot(numbers, halves[VS[i][0]], sums[i] * shrink[None, :]),)
+        numbers = value_segment(base, head, i, VS, PTX, LANES)
+        result = result + (tl.dot(numbers, halves[entry(VS, i, 0)], sums[i] * shrink[None, :]),)
     return result, gathered
 
 
@@ -225,15 +269,18 @@ def mean_chunks(
     was added afterwards would take a register for every plane that a lane holds.
     """
     result = ()
-    for i in tl.static_range(2 * CHUNKS if CENTRED else 0):
-        plane = i // 2 * C + tl.arange(0, C)
-        column = tl.load(Planes + i % 2 * HALF + plane, plane < HALF, 0)
-        mean = tl.load(Mean + column, plane < HALF, 0.0)
-        upper = mean.to(tl.float16)
-        lower = (mean - upper.to(tl.float32)).to(tl.float16)
-        r = tl.arange(0, 16)[:, None]
-        rows = tl.where(r == 0, upper[None, :], tl.where(r == 1, lower[None, :], tl.zeros([16, C], tl.float16)))
-        result = result + (rows,)
+    for i in tl.static_range(2 * CHUNKS):
+        if not CENTRED:
+            result = result + (tl.zeros([16, C], tl.float16),)
+        else:
+            plane = i // 2 * C + tl.arange(0, C)
+            column = tl.load(Planes + i % 2 * HALF + plane, plane < HALF, 0)
+            mean = tl.load(Mean + column, plane < HALF, 0.0)
+            upper = mean.to(tl.float16)
+            lower = (mean - upper.to(tl.float32)).to(tl.float16)
+            r = tl.arange(0, 16)[:, None]
+            rows = tl.where(r == 0, upper[None, :], tl.where(r == 1, lower[None, :], tl.zeros([16, C], tl.float16)))
+            result = result + (rows,)
     return result
 
 
@@ -247,7 +294,7 @@ def restored_kernel(
     R: tl.constexpr, RV: tl.constexpr, D: tl.constexpr, M: tl.constexpr, CHUNKS: tl.constexpr, C: tl.constexpr,
     KS: tl.constexpr, KB: tl.constexpr, VS: tl.constexpr, VB: tl.constexpr,
     FRAME: tl.constexpr, MASKED: tl.constexpr, SOFTCAP: tl.constexpr, CENTRED: tl.constexpr,
-    HELD: tl.constexpr, PTX: tl.constexpr, LANES: tl.constexpr,
+    PTX: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
     HALF: tl.constexpr = D // 2
     split, head, at = tl.program_id(0), tl.program_id(1), tl.program_id(2)
@@ -277,14 +324,16 @@ def restored_kernel(
     counts = ()
     for _ in tl.static_range(len(VB)):
         counts = counts + (zero_counts(M),)
-    value_scale = value_scales(tl.load(table + tl.minimum(first, tl.maximum(count - 1, 0))), head, slot, gain_of, VB)
+    own = tl.minimum(first, tl.maximum(count - 1, 0))
+    held = token < tl.where(first < last, tl.load(fills + own), 0)
+    value_scale = value_scales(tl.load(table + own), head, slot, held, gain_of, VB)
     for page in tl.range(first, last):
         base = tl.load(table + page)
         live = token < tl.load(fills + page)
         if MASKED:
             live = live & (tl.load(mask + pad + tl.load(starts + page) + token, live, 0) != 0)
-        # zero, which no compiler can know: or else it would keep the tables in registers, more than there are
-        nothing = 0 if HELD else page >> 31
+        # zero, which no compiler knows: or else it would keep the tables in registers, more than there are
+        nothing = page >> 31
         y = coded_keys(base, head, token, live, gain_of, KS, KB, PTX, LANES)
         scores = scores_of(
             y, q, mean, Wx + w, Wy + w, angles + page * (2 * HALF), Cosines + nothing, Sines + nothing, token, M,
@@ -293,10 +342,10 @@ def restored_kernel(
         if SOFTCAP:
             scores = softcapped(scores, softcap) * 1.4426950408889634
         scores = tl.where(live[:, None], scores, float("-inf"))
-        known = tl.maximum(top, tl.max(scores, 0))
-        half = tl.exp2(scores - known[None, :]).to(tl.float16)
-        shrink = tl.exp2(top - known)
-        top = known
+        higher = tl.maximum(top, tl.max(scores, 0))
+        half = tl.exp2(scores - higher[None, :]).to(tl.float16)
+        shrink = tl.exp2(top - higher)
+        top = higher
         total = counted(half, total, shrink, M)
         sums, counts = add_values(
             sums, counts, half, shrink, value_scale, base, head, slot, live, gain_of, M, VS, VB, PTX, LANES
@@ -306,8 +355,188 @@ def restored_kernel(
     to = (row.to(tl.int64) * heads + head) * splits + split
     for i in tl.static_range(len(VS)):
         result = means(
-            sums[i], added_up(counts[VS[i][0]], M), value_scale[VS[i][0]], tl.where(seen, total, 1.0), VB[VS[i][0]]
+            sums[i],
+            added_up(counts[entry(VS, i, 0)], M),
+            value_scale[entry(VS, i, 0)],
+            tl.where(seen, total, 1.0),
+            VB,
+            entry(VS, i, 0),
         )
-        store_sums(Out + to * rows * RV, result, m, rows, RV, VS[i][8], 16 * VS[i][3])
+        store_sums(Out + to * rows * RV, result, m, rows, RV, entry(VS, i, 8), 16 * entry(VS, i, 3))
     lse = tl.where(seen, (top + tl.log2(total)) * 0.6931471805599453, float("-inf"))
     tl.store(Lse + to * rows + m, lse, m < rows)
+
+
+@dataclass(frozen=True, eq=False)
+class Rebuilding:
+    """How keys are made of what their codes stand for, and turned.
+
+    first, second: float16 [B or 1, H, R, D / 2], the keys' synthesis by its rows of planes' first and second
+    coordinates, R in the order of the plan's `keys`. mean: float32 [B or 1, H, D], None where keys are not centred.
+    order: int32 [D], the planes' first coordinates, then their second ones. frequencies, amplitudes: float32 [D / 2].
+    frame: "page" or "token".
+    """
+
+    first: Tensor
+    second: Tensor
+    mean: Tensor | None
+    order: Tensor
+    frequencies: Tensor
+    amplitudes: Tensor
+    frame: str
+
+    def check(self, rows: int, heads: int, width: int, rank: int) -> None:
+        """Raises ValueError unless this is for a batch of `rows` and keys of `heads` heads of `width` dimensions."""
+        device, half = self.first.device, width // 2
+        if self.frame not in FRAMES:
+            raise ValueError(f"frame must be one of {', '.join(FRAMES)}, got {self.frame!r}")
+        if width % 2 or not 16 <= width <= 256:
+            raise ValueError(f"head_dim must be even and in 16..256, got {width}")
+        owners = len(self.first)
+        if owners not in (1, rows):
+            raise ValueError(f"first must be of 1 or {rows} rows, got {owners}")
+        for name in ("first", "second"):
+            check(name, getattr(self, name), (owners, heads, rank, half), (torch.float16,), device)
+        check("order", self.order, (width,), (torch.int32,), device)
+        for name in ("frequencies", "amplitudes"):
+            check(name, getattr(self, name), (half,), (torch.float32,), device)
+        if self.mean is not None:
+            check("mean", self.mean, (owners, heads, width), (torch.float32,), device)
+        for name in ("first", "second", "mean", "order", "frequencies", "amplitudes"):
+            if getattr(self, name) is not None and not getattr(self, name).is_contiguous():
+                raise ValueError(f"{name} must be contiguous, got strides {getattr(self, name).stride()}")
+
+    def steps(self) -> tuple[Tensor, Tensor]:
+        """(cosines, sines) float32 [PAGE, D / 2] of the angles of 0 to PAGE - 1 steps."""
+        angles = torch.arange(PAGE, device=self.order.device).unsqueeze(1) * self.frequencies.double()
+        return angles.cos().float(), angles.sin().float()
+
+
+def page_angles(rebuilding: Rebuilding, table: Table) -> Tensor:
+    """float32 [B, most, 2, D / 2]: cosines and sines of where pages stand, times the planes' amplitudes."""
+    rows, half = len(table.counts), len(rebuilding.frequencies)
+    angles = torch.empty(rows, table.most, 2, half, dtype=torch.float32, device=table.starts.device)
+    pages = 16
+    angles_kernel[(triton.cdiv(table.most, pages), rows)](
+        table.starts, table.counts, table.starts.stride(0), rebuilding.frequencies, rebuilding.amplitudes,
+        angles, angles.stride(0), FRAMES[rebuilding.frame][1],
+        HALF=half, HP=triton.next_power_of_2(half), P=pages,
+    )  # fmt: skip
+    return angles
+
+
+def tile_rows(rows: int) -> int:
+    """Rows of a tile for `rows` query rows of a KV head."""
+    return max(8, min(64, triton.next_power_of_2(rows)))
+
+
+def attend_restored(
+    query: Tensor, rebuilding: Rebuilding, angles: Tensor, steps: tuple[Tensor, Tensor], table: Table, keys: Plan,
+    values: Plan, gains_of_bytes: Tensor, scaling: float, softcap: float | None = None,
+    mask: tuple[Tensor, Tensor] | None = None, splits: int = 1,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Partial attention of query [B, H*G, Q, D], any strides but the last, over pages of keys that are rebuilt.
+
+    angles: those of `page_angles`. steps: those of `Rebuilding.steps`; both are the same for all layers of a model.
+    gains_of_bytes, mask, splits: as `pages.attend_pages` takes them. Returns as that one does: (means of what the
+    values' codes stand for float32 [B, H, splits, rows, rank], log-sum-exps float32 [B, H, splits, rows]).
+
+    Raises ValueError for shapes, dtypes and devices that do not belong together.
+    """
+    if query.ndim != 4 or query.dtype not in DTYPES:
+        raise ValueError(f"query must be [B, H*G, Q, D] of {', '.join(map(str, DTYPES))}, got {tuple(query.shape)}")
+    check_rows("query", query)
+    rows_of, width, device = query.shape[0], query.shape[3], query.device
+    heads = rebuilding.first.shape[1]
+    if query.shape[1] % heads:
+        raise ValueError(f"query heads must be a multiple of the KV heads, got {query.shape[1]} and {heads}")
+    rebuilding.check(rows_of, heads, width, keys.rank)
+    half = width // 2
+    check("angles", angles, (rows_of, table.most, 2, half), (torch.float32,), device)
+    for own in steps:
+        check("steps", own, (PAGE, half), (torch.float32,), device)
+    check("counts", table.counts, (rows_of,), (torch.int32,), device)
+    check("gains_of_bytes", gains_of_bytes, (256,), (torch.float32,), device)
+    if splits < 1:
+        raise ValueError(f"splits must be at least 1, got {splits}")
+    rows = query.shape[1] // heads * query.shape[2]
+    out = torch.empty(rows_of, heads, splits, rows, values.rank, dtype=torch.float32, device=device)
+    lse = torch.empty(rows_of, heads, splits, rows, dtype=torch.float32, device=device)
+    if not lse.numel():
+        return out, lse
+    seen, pads = mask if mask is not None else (table.fills, table.counts)
+    ptx = ptx_version(device)
+    tile, planes = tile_rows(rows), chunk_planes(half)
+    mean = rebuilding.mean
+    restored_kernel[(splits, heads, rows_of * triton.cdiv(rows, tile))](
+        query, *query.stride()[:3], rebuilding.first, rebuilding.second, _row_stride(rebuilding.first),
+        rebuilding.frequencies if mean is None else mean, 0 if mean is None else _row_stride(mean), rebuilding.order,
+        angles, angles.stride(0), *steps, table.addresses, table.fills, table.starts, table.counts,
+        table.addresses.stride(0), seen.view(torch.int8) if mask is not None else seen, seen.stride(0), pads,
+        gains_of_bytes, out, lse, rows, query.shape[2], heads, splits,
+        scaling * (1.0 if softcap else LOG2E), softcap or 0.0,
+        R=keys.rank, RV=values.rank, D=width, M=tile, CHUNKS=triton.cdiv(half, planes), C=planes,
+        KS=keys.segments, KB=keys.bands, VS=values.segments, VB=values.bands, FRAME=FRAMES[rebuilding.frame][0],
+        MASKED=mask is not None, SOFTCAP=softcap is not None, CENTRED=mean is not None, PTX=ptx,
+        LANES=lanes(ptx), num_warps=WARPS, num_stages=1,
+    )  # fmt: skip
+    return out, lse
+
+
+def chunk_planes(half: int) -> int:
+    """Planes of a chunk: those that leave the fewest empty ones."""
+    return min((PLANES, 16), key=lambda planes: -(-half // planes) * planes)
+
+
+def _row_stride(tensor: Tensor) -> int:
+    return 0 if len(tensor) == 1 else tensor.stride(0)
+
+
+def lanes(ptx: int) -> int:
+    """Among how many lanes blocks are shared out: a program's, but for AMD's, whose tiles are not made by PTX."""
+    return 32 * WARPS if ptx else 1
+
+
+def variants() -> list[Variant]:
+    """Decoding with 4 query heads a KV head and prefill, for `prerope` codecs, and prefill in the frames of pages.
+
+    The tables' entries are examples: no instruction depends on them.
+    """
+    table = TrellisTable(tuple(tuple(range(first, first + 8)) for first in (0, 8, 16)), 10.0, 0.1)
+
+    def spectral(unit: int) -> Plan:
+        bands, codes = [], 0
+        for start, width, bits in ((0, unit, 4), (unit, 2 * unit, 3), (3 * unit, unit, 2)):
+            bands.append(BandLayout(start, width, "trellis", bits, "log", codes, codes, table=table))
+            codes += 8 * PAGE * width * bits // 8
+        return plan(tuple(bands))
+
+    made = []
+    for codec, width, own in (
+        ("spectral3", 128, spectral(32)),
+        ("spectral3", 64, spectral(16)),
+        ("trellis3", 128, plan((BandLayout(0, 128, "trellis", 3, table=table),))),
+    ):
+        for frame, tile in (("token", 8), ("token", 64), ("page", 64)):
+            made += [_variant(codec, width, own, frame, tile, arch) for arch in ARCHS]
+    return made
+
+
+def _variant(codec: str, width: int, own: Plan, frame: str, tile: int, arch: str) -> Variant:
+    ptx = 0 if arch.startswith("gfx") else DIGEST
+    pointers = {"Q": "*bf16", "Wx": "*fp16", "Wy": "*fp16", "Planes": "*i32", "Table": "*i64", "Fills": "*i32"}
+    pointers |= {"Starts": "*i32", "Counts": "*i32", "Mask": "*i8", "Pads": "*i32"}
+    pointers |= dict.fromkeys(("Mean", "Angles", "Cosines", "Sines", "gain_of", "Out", "Lse"), "*fp32")
+    planes = chunk_planes(width // 2)
+    constants: dict[str, Any] = {
+        "R": own.rank, "RV": own.rank, "D": width, "M": tile, "CHUNKS": triton.cdiv(width // 2, planes), "C": planes,
+        "KS": own.segments, "KB": own.bands, "VS": own.segments, "VB": own.bands, "FRAME": FRAMES[frame][0],
+        "MASKED": False, "SOFTCAP": False, "CENTRED": True, "PTX": ptx, "LANES": lanes(ptx),
+    }  # fmt: skip
+    types = {**dict.fromkeys(constants, "constexpr"), **pointers, "unit": "fp32", "softcap": "fp32"}
+    signature = {name: types.get(name, "i32") for name in restored_kernel.arg_names}
+    aligned = (*pointers, "q_row", "q_head", "q_token", "w_row", "m_row")
+    name = f"restored {frame}" if tile == 8 else f"restored {frame} prefill"
+    return Variant(
+        name, codec, width, restored_kernel, signature, constants, aligned, WARPS, 1, 2 * PAGE * own.rank, (arch,)
+    )

@@ -6,7 +6,6 @@ the recent tokens together with the chunk's own. The last merge adds sink logits
 
 from __future__ import annotations
 
-import weakref
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -19,10 +18,17 @@ from kvcompress.codecs import Codec, Coded, Fit
 from kvcompress.codecs.scale import LOG
 from kvcompress.history import History
 from kvcompress.kernels.absorb import Frames
-from kvcompress.kernels.chunk import attend_chunk
-from kvcompress.kernels.dense import attend_dense
-from kvcompress.kernels.encode_side import encode_side
-from kvcompress.kernels.ops import absorb, attend_pages, merge, page_splits, text_of_plan
+from kvcompress.kernels.ops import (
+    absorb,
+    attend_chunk,
+    attend_dense,
+    attend_pages,
+    encode_side,
+    merge,
+    page_splits,
+    text_of_bands,
+    text_of_plan,
+)
 from kvcompress.kernels.pages import Table
 from kvcompress.kernels.segments import plan, refuses
 from kvcompress.planes import Planes
@@ -83,7 +89,7 @@ class Triton:
             pages = pages.float()
         records = torch.zeros(len(pages), layout.page_bytes, dtype=torch.uint8, device=pages.device)
         analysis = codec.transform.analysis(fit, pages.device)
-        encode_side(pages.contiguous(), fit.get("mean"), analysis, records, bands)
+        encode_side(pages.contiguous(), fit.get("mean"), analysis, records, text_of_bands(bands))
         prefix = ("key.", "value.")[side]
         return {name.removeprefix(prefix): part for name, part in layout.views(records).items()}
 
@@ -128,13 +134,15 @@ class Operands:
     value_mean: Tensor | None
     planes: Planes | None
 
-
-_operands: weakref.WeakKeyDictionary[History, Operands] = weakref.WeakKeyDictionary()
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """Those that the fits do not hold already."""
+        return self.absorbing, self.restoring
 
 
 def operands_of(history: History, device: torch.device) -> Operands:
-    known = _operands.get(history)
-    if known is not None and known.fits is history.fits and known.fit_of == tuple(history.fit_of):
+    known = history.derived
+    if isinstance(known, Operands) and known.fits is history.fits and known.fit_of == tuple(history.fit_of):
         return known
     assert history.pool.layout is not None
     bands = [bands_of(codec, side, history.pool.layout) for side, codec in enumerate(history.codecs)]
@@ -158,7 +166,7 @@ def operands_of(history: History, device: torch.device) -> Operands:
         fits[1].get("mean"),
         planes,
     )
-    _operands[history] = found
+    history.derived = found
     return found
 
 
