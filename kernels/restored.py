@@ -98,7 +98,7 @@ def coded_keys(base, head, token, live, known, KS: tl.constexpr, KB: tl.constexp
     result = ()
     for i in tl.static_range(len(KS)):
         numbers = key_segment(base, head, i, KS, PTX, LANES)
-        factor = factors[entry(KS, i, 0)]
+        factor: tl.tensor = factors[entry(KS, i, 0)]
         y = numbers.to(tl.float32) * factor[:, None] - (factor * entry(KB, entry(KS, i, 0), 3))[:, None]
         result = result + (y.to(tl.float16),)
     return result
@@ -192,46 +192,54 @@ def zero_counts(M: tl.constexpr):
 
 
 @triton.jit
-def counted(weights, counts, shrink, M: tl.constexpr):
-    """Sums of weights fp16 [64, M] joined to those before, which shrink: all 16 columns, or rows, are the same.
+def shrunk(counts, shrink, M: tl.constexpr):
+    return counts * (shrink[:, None] if M >= 64 else shrink[None, :])
 
-    In the second form every warp holds all weights, in the first one none does: they are read from shared memory.
+
+@triton.jit
+def counted(weights, counts, AT: tl.constexpr, M: tl.constexpr):
+    """Sums of weights fp16 [64, M] added to line AT of the counts.
+
+    The counts' lines are rows, or columns where there are many queries: as a second operand every warp would hold all
+    weights, as a first one they are read from shared memory.
     """
     if M >= 64:
-        result = tl.dot(tl.trans(weights), tl.full([64, 16], 1.0, tl.float16), counts * shrink[:, None])
+        one = tl.where(tl.arange(0, 16) == AT, 1.0, 0.0).to(tl.float16)
+        result = tl.dot(tl.trans(weights), tl.broadcast_to(one[None, :], [64, 16]), counts)
     else:
-        result = tl.dot(tl.full([16, 64], 1.0, tl.float16), weights, counts * shrink[None, :])
+        one = tl.where(tl.arange(0, 16) == AT, 1.0, 0.0).to(tl.float16)
+        result = tl.dot(tl.broadcast_to(one[:, None], [16, 64]), weights, counts)
     return result
 
 
 @triton.jit
-def added_up(counts, M: tl.constexpr):
-    """[16, M] of what `counted` keeps."""
+def count_of(counts, AT: tl.constexpr, M: tl.constexpr):
+    """[M] of line AT."""
     if M >= 64:
-        result = tl.trans(counts)
+        result = tl.sum(tl.where(tl.arange(0, 16)[None, :] == AT, counts, 0.0), 1)
     else:
-        result = counts
+        result = tl.sum(tl.where(tl.arange(0, 16)[:, None] == AT, counts, 0.0), 0)
     return result
 
 
 @triton.jit
 def add_values(sums, counts, weights, shrink, value_scale, base, head, slot, live, known, M: tl.constexpr,
                VS: tl.constexpr, VB: tl.constexpr, PTX: tl.constexpr, LANES: tl.constexpr):  # fmt: skip
-    """As `pages.add_values`, for programs of LANES lanes."""
+    """As `pages.add_values`, by LANES lanes. counts: a line for each band, then that of the weights themselves."""
+    counts = counted(weights, shrunk(counts, shrink, M), len(VB), M)
     halves = ()
-    gathered = ()
     for b in tl.static_range(len(VB)):
         gain = gains(base, entry(VB, b, 0), head, slot, live, known, entry(VB, b, 1))
         if entry(VB, b, 1) == 0:
             gain = gain / value_scale[b]
         half = scaled(weights, gain, PTX)
         halves = halves + (half,)
-        gathered = gathered + (counted(half, counts[b], shrink, M),)
+        counts = counted(half, counts, b, M)
     result = ()
     for i in tl.static_range(len(VS)):
         numbers = value_segment(base, head, i, VS, PTX, LANES)
         result = result + (tl.dot(numbers, halves[entry(VS, i, 0)], sums[i] * shrink[None, :]),)
-    return result, gathered
+    return result, counts
 
 
 @triton.jit
@@ -320,10 +328,7 @@ def restored_kernel(
     angles = Angles + row.to(tl.int64) * angles_row
     mask = Mask + row.to(tl.int64) * mask_row
     pad = tl.load(Pads + row) if MASKED else 0
-    top, total, sums = tl.full([M], -1.0e30, tl.float32), zero_counts(M), zero_sums(M, VS)
-    counts = ()
-    for _ in tl.static_range(len(VB)):
-        counts = counts + (zero_counts(M),)
+    top, counts, sums = tl.full([M], -1.0e30, tl.float32), zero_counts(M), zero_sums(M, VS)
     own = tl.minimum(first, tl.maximum(count - 1, 0))
     held = token < tl.where(first < last, tl.load(fills + own), 0)
     value_scale = value_scales(tl.load(table + own), head, slot, held, gain_of, VB)
@@ -346,22 +351,16 @@ def restored_kernel(
         half = tl.exp2(scores - higher[None, :]).to(tl.float16)
         shrink = tl.exp2(top - higher)
         top = higher
-        total = counted(half, total, shrink, M)
         sums, counts = add_values(
             sums, counts, half, shrink, value_scale, base, head, slot, live, gain_of, M, VS, VB, PTX, LANES
         )  # fmt: skip
-    total = tl.max(added_up(total, M), 0)
+    total = count_of(counts, len(VB), M)
     seen = total > 0
     to = (row.to(tl.int64) * heads + head) * splits + split
     for i in tl.static_range(len(VS)):
-        result = means(
-            sums[i],
-            added_up(counts[entry(VS, i, 0)], M),
-            value_scale[entry(VS, i, 0)],
-            tl.where(seen, total, 1.0),
-            VB,
-            entry(VS, i, 0),
-        )
+        weight = count_of(counts, entry(VS, i, 0), M)[None, :]
+        safe = tl.where(seen, total, 1.0)
+        result = means(sums[i], weight, value_scale[entry(VS, i, 0)], safe, VB, entry(VS, i, 0))
         store_sums(Out + to * rows * RV, result, m, rows, RV, entry(VS, i, 8), 16 * entry(VS, i, 3))
     lse = tl.where(seen, (top + tl.log2(total)) * 0.6931471805599453, float("-inf"))
     tl.store(Lse + to * rows + m, lse, m < rows)
