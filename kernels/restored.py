@@ -24,68 +24,30 @@ import triton.language as tl
 from torch import Tensor
 
 from .checks import DTYPES, check, check_rows
-from .layout import BandLayout, TrellisTable
+from .layout import PAGE, BandLayout, TrellisTable
 from .pages import (
     Table,
     gains,
-    key_numbers,
     means,
     scaled,
     softcapped,
     store_sums,
-    value_numbers,
     value_scales,
     zero_sums,
 )
 from .ptx import DIGEST
 from .ptx import version as ptx_version
+from .rebuilding import FRAMES, Rebuilding
 from .segments import Plan, plan
-from .spread import parts, spread_keys, spread_values
+from .spread import key_segment, value_segment
 from .unpack import entry
 from .variant import ARCHS, Variant
 
-PAGE = 64
 LARGEST = tl.constexpr(1024.0)  # what a tile's largest query coordinate is brought to, so that fp16 loses little
 
-#: What a frame is called by the kernel, and how far from a page's first token its angle is taken.
-FRAMES = {"page": (1, PAGE // 2), "token": (2, 0)}
 PLANES = 32  # of a chunk
 WARPS = 4  # what Hopper's matrix instructions are done by together; each takes 16 of a page's tokens
 LOG2E = 1.4426950408889634
-
-
-@triton.jit
-def key_segment(base, head, PART: tl.constexpr, KS: tl.constexpr, PTX: tl.constexpr, LANES: tl.constexpr):
-    """fp16 [64, 16 N], one segment of the keys, by LANES lanes."""
-    S: tl.constexpr = entry(KS, PART, 1)
-    S0: tl.constexpr = entry(KS, PART, 2)
-    N: tl.constexpr = entry(KS, PART, 3)
-    KIND: tl.constexpr = entry(KS, PART, 4)
-    BITS: tl.constexpr = entry(KS, PART, 5)
-    T: tl.constexpr = entry(KS, PART, 6)
-    CODES: tl.constexpr = entry(KS, PART, 7)
-    if 32 * N >= LANES:
-        numbers = key_numbers(base, head, S, S0, N, KIND, BITS, T, CODES, PTX)
-    else:
-        numbers = spread_keys(base, head, S, S0, N, KIND, BITS, T, CODES, PTX, parts(32 * N, LANES))
-    return numbers
-
-
-@triton.jit
-def value_segment(base, head, PART: tl.constexpr, VS: tl.constexpr, PTX: tl.constexpr, LANES: tl.constexpr):
-    """fp16 [16 N, 64], one segment of the values, by LANES lanes."""
-    S: tl.constexpr = entry(VS, PART, 1)
-    S0: tl.constexpr = entry(VS, PART, 2)
-    N: tl.constexpr = entry(VS, PART, 3)
-    KIND: tl.constexpr = entry(VS, PART, 4)
-    BITS: tl.constexpr = entry(VS, PART, 5)
-    T: tl.constexpr = entry(VS, PART, 6)
-    CODES: tl.constexpr = entry(VS, PART, 7)
-    if 16 * N >= LANES:
-        numbers = value_numbers(base, head, S, S0, N, KIND, BITS, T, CODES, PTX)
-    else:
-        numbers = spread_values(base, head, S, S0, N, KIND, BITS, T, CODES, PTX, parts(32 * N, LANES))
-    return numbers
 
 
 @triton.jit
@@ -121,30 +83,6 @@ def coordinates(y, W, mean, CHUNK: tl.constexpr, C: tl.constexpr, HALF: tl.const
     for i in tl.static_range(len(KS)):
         total = tl.dot(y[i], synthesis_part(W, entry(KS, i, 8), 16 * entry(KS, i, 3), CHUNK * C, C, HALF), total)
     return total
-
-
-@triton.jit
-def angles_kernel(
-    Starts, Counts, starts_row, Frequencies, Amplitudes, Angles, angles_row, middle, HALF: tl.constexpr,
-    HP: tl.constexpr, P: tl.constexpr,
-):  # fmt: skip
-    """[B, pages, 2, HALF]: cosines and sines of where pages stand, times the planes' amplitudes; P pages a program.
-
-    By a kernel of its own, since a sine costs a lane some 40 instructions, and in the layout of a matrix product every
-    lane would need those of a quarter of the planes.
-    """
-    row = tl.program_id(1)
-    page = tl.program_id(0) * P + tl.arange(0, P)
-    plane = tl.arange(0, HP)
-    held = page < tl.load(Counts + row)
-    position = tl.load(Starts + row.to(tl.int64) * starts_row + page, held, 0) + middle
-    frequency = tl.load(Frequencies + plane, plane < HALF, 0.0)
-    amplitude = tl.load(Amplitudes + plane, plane < HALF, 0.0)[None, :]
-    angle = position.to(tl.float32)[:, None] * frequency[None, :]
-    place = Angles + row.to(tl.int64) * angles_row + page[:, None] * (2 * HALF) + plane[None, :]
-    known = held[:, None] & (plane < HALF)[None, :]
-    tl.store(place, tl.cos(angle) * amplitude, known)
-    tl.store(place + HALF, tl.sin(angle) * amplitude, known)
 
 
 @triton.jit
@@ -366,64 +304,6 @@ def restored_kernel(
     tl.store(Lse + to * rows + m, lse, m < rows)
 
 
-@dataclass(frozen=True, eq=False)
-class Rebuilding:
-    """How keys are made of what their codes stand for, and turned.
-
-    first, second: float16 [B or 1, H, R, D / 2], the keys' synthesis by its rows of planes' first and second
-    coordinates, R in the order of the plan's `keys`. mean: float32 [B or 1, H, D], None where keys are not centred.
-    order: int32 [D], the planes' first coordinates, then their second ones. frequencies, amplitudes: float32 [D / 2].
-    frame: "page" or "token".
-    """
-
-    first: Tensor
-    second: Tensor
-    mean: Tensor | None
-    order: Tensor
-    frequencies: Tensor
-    amplitudes: Tensor
-    frame: str
-
-    def check(self, rows: int, heads: int, width: int, rank: int) -> None:
-        """Raises ValueError unless this is for a batch of `rows` and keys of `heads` heads of `width` dimensions."""
-        device, half = self.first.device, width // 2
-        if self.frame not in FRAMES:
-            raise ValueError(f"frame must be one of {', '.join(FRAMES)}, got {self.frame!r}")
-        if width % 2 or not 16 <= width <= 256:
-            raise ValueError(f"head_dim must be even and in 16..256, got {width}")
-        owners = len(self.first)
-        if owners not in (1, rows):
-            raise ValueError(f"first must be of 1 or {rows} rows, got {owners}")
-        for name in ("first", "second"):
-            check(name, getattr(self, name), (owners, heads, rank, half), (torch.float16,), device)
-        check("order", self.order, (width,), (torch.int32,), device)
-        for name in ("frequencies", "amplitudes"):
-            check(name, getattr(self, name), (half,), (torch.float32,), device)
-        if self.mean is not None:
-            check("mean", self.mean, (owners, heads, width), (torch.float32,), device)
-        for name in ("first", "second", "mean", "order", "frequencies", "amplitudes"):
-            if getattr(self, name) is not None and not getattr(self, name).is_contiguous():
-                raise ValueError(f"{name} must be contiguous, got strides {getattr(self, name).stride()}")
-
-    def steps(self) -> tuple[Tensor, Tensor]:
-        """(cosines, sines) float32 [PAGE, D / 2] of the angles of 0 to PAGE - 1 steps."""
-        angles = torch.arange(PAGE, device=self.order.device).unsqueeze(1) * self.frequencies.double()
-        return angles.cos().float(), angles.sin().float()
-
-
-def page_angles(rebuilding: Rebuilding, table: Table) -> Tensor:
-    """float32 [B, most, 2, D / 2]: cosines and sines of where pages stand, times the planes' amplitudes."""
-    rows, half = len(table.counts), len(rebuilding.frequencies)
-    angles = torch.empty(rows, table.most, 2, half, dtype=torch.float32, device=table.starts.device)
-    pages = 16
-    angles_kernel[(triton.cdiv(table.most, pages), rows)](
-        table.starts, table.counts, table.starts.stride(0), rebuilding.frequencies, rebuilding.amplitudes,
-        angles, angles.stride(0), FRAMES[rebuilding.frame][1],
-        HALF=half, HP=triton.next_power_of_2(half), P=pages,
-    )  # fmt: skip
-    return angles
-
-
 def tile_rows(rows: int) -> int:
     """Rows of a tile for `rows` query rows of a KV head."""
     return max(8, min(64, triton.next_power_of_2(rows)))
@@ -510,14 +390,11 @@ def variants() -> list[Variant]:
             codes += 8 * PAGE * width * bits // 8
         return plan(tuple(bands))
 
-    made = []
-    for codec, width, own in (
-        ("spectral3", 128, spectral(32)),
-        ("spectral3", 64, spectral(16)),
-        ("trellis3", 128, plan((BandLayout(0, 128, "trellis", 3, table=table),))),
-    ):
-        for frame, tile in (("token", 8), ("token", 64), ("page", 64)):
-            made += [_variant(codec, width, own, frame, tile, arch) for arch in ARCHS]
+    whole = plan((BandLayout(0, 128, "trellis", 3, table=table),))
+    made = [_variant("spectral3", 64, spectral(16), "token", 8, arch) for arch in ARCHS]
+    made += [_variant("trellis3", 128, whole, "token", 8, arch) for arch in ARCHS]
+    for frame, tile in (("token", 8), ("token", 64), ("page", 64)):
+        made += [_variant("spectral3", 128, spectral(32), frame, tile, arch) for arch in ARCHS]
     return made
 
 

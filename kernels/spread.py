@@ -12,7 +12,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .unpack import _constraints, _halves, _slots, _text, _twin, _value_block, depth, words
+from .pages import key_numbers, value_numbers
+from .unpack import _constraints, _halves, _slots, _text, _twin, _value_block, depth, entry, words
 
 
 @triton.constexpr_function
@@ -138,3 +139,37 @@ def spread_values(base, head, S: tl.constexpr, S0: tl.constexpr, N: tl.constexpr
     else:
         tile = tl.permute(tile, 0, 7, 8, 2, 4, 1, 6, 3, 5)
     return tl.reshape(tile, 16 * N, 64)
+
+
+@triton.jit
+def key_segment(base, head, PART: tl.constexpr, KS: tl.constexpr, PTX: tl.constexpr, LANES: tl.constexpr):
+    """fp16 [64, 16 N], one segment of the keys, by LANES lanes."""
+    S: tl.constexpr = entry(KS, PART, 1)
+    S0: tl.constexpr = entry(KS, PART, 2)
+    N: tl.constexpr = entry(KS, PART, 3)
+    KIND: tl.constexpr = entry(KS, PART, 4)
+    BITS: tl.constexpr = entry(KS, PART, 5)
+    T: tl.constexpr = entry(KS, PART, 6)
+    CODES: tl.constexpr = entry(KS, PART, 7)
+    if 32 * N >= LANES:
+        numbers = key_numbers(base, head, S, S0, N, KIND, BITS, T, CODES, PTX)
+    else:
+        numbers = spread_keys(base, head, S, S0, N, KIND, BITS, T, CODES, PTX, parts(32 * N, LANES))
+    return numbers
+
+
+@triton.jit
+def value_segment(base, head, PART: tl.constexpr, VS: tl.constexpr, PTX: tl.constexpr, LANES: tl.constexpr):
+    """fp16 [16 N, 64], one segment of the values, by LANES lanes."""
+    S: tl.constexpr = entry(VS, PART, 1)
+    S0: tl.constexpr = entry(VS, PART, 2)
+    N: tl.constexpr = entry(VS, PART, 3)
+    KIND: tl.constexpr = entry(VS, PART, 4)
+    BITS: tl.constexpr = entry(VS, PART, 5)
+    T: tl.constexpr = entry(VS, PART, 6)
+    CODES: tl.constexpr = entry(VS, PART, 7)
+    if 16 * N >= LANES:
+        numbers = value_numbers(base, head, S, S0, N, KIND, BITS, T, CODES, PTX)
+    else:
+        numbers = spread_values(base, head, S, S0, N, KIND, BITS, T, CODES, PTX, parts(32 * N, LANES))
+    return numbers

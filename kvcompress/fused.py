@@ -7,7 +7,7 @@ the recent tokens together with the chunk's own. The last merge adds sink logits
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 import torch
 import triton
@@ -26,10 +26,13 @@ from kvcompress.kernels.ops import (
     encode_side,
     merge,
     page_splits,
+    plan_of,
     text_of_bands,
     text_of_plan,
 )
 from kvcompress.kernels.pages import Table
+from kvcompress.kernels.rebuilding import Rebuilding, page_angles
+from kvcompress.kernels.restored import attend_restored
 from kvcompress.kernels.segments import plan, refuses
 from kvcompress.planes import Planes
 from kvcompress.record import RecordLayout
@@ -110,14 +113,9 @@ def _refuses_codes(history: History, query: Tensor) -> str | None:
         reason = bands if isinstance(bands, str) else refuses(bands)
         if reason is not None:
             return reason
-    frame = history.codecs[0].frame
-    if history.rotation is not None and frame != "fixed":
-        if getattr(history.rotation, "planes", None) is None:
-            return "a rotary position embedding that is not made of planes"
-        if frame == "token":
-            return "keys before their rotary position embedding"
-        if query.shape[2] > DECODE:
-            return "prefill over keys in the frames of their pages"
+    turns = history.rotation is not None and history.codecs[0].frame != "fixed"
+    if turns and getattr(history.rotation, "planes", None) is None:
+        return "a rotary position embedding that is not made of planes"
     return None
 
 
@@ -133,11 +131,28 @@ class Operands:
     restoring: Tensor  # [B or 1, H or 1, R, D]
     value_mean: Tensor | None
     planes: Planes | None
+    frame: str
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
         """Those that the fits do not hold already."""
-        return self.absorbing, self.restoring
+        rebuilt = () if "rebuilding" not in vars(self) else (self.rebuilding.first, self.rebuilding.second)
+        return self.absorbing, self.restoring, *rebuilt
+
+    @cached_property
+    def rebuilding(self) -> Rebuilding:
+        """How keys are rebuilt, where queries cannot absorb that."""
+        assert self.planes is not None
+        order = self.planes.order.long()
+        halves = (self.absorbing[..., half, :].mT.half().contiguous() for half in order.chunk(2))
+        turning = self.planes.order, self.planes.frequencies, self.planes.amplitudes
+        mean = None if self.key_mean is None else self.key_mean.contiguous()
+        return Rebuilding(*halves, mean, *turning, self.frame)
+
+    @cached_property
+    def steps(self) -> tuple[Tensor, Tensor]:
+        """Cosines and sines of the steps from a page's first token to its others."""
+        return self.rebuilding.steps()
 
 
 def operands_of(history: History, device: torch.device) -> Operands:
@@ -165,6 +180,7 @@ def operands_of(history: History, device: torch.device) -> Operands:
         matrices[1][..., list(plans[1].values)].mT.contiguous(),
         fits[1].get("mean"),
         planes,
+        history.codecs[0].frame,
     )
     history.derived = found
     return found
@@ -192,7 +208,10 @@ def _codes(query: Tensor, history: History, mask: Mask, scores: Scores) -> tuple
     operands = operands_of(history, query.device)
     heads = operands.absorbing.shape[1]
     splits = page_splits(len(query), heads, query.shape[1] // heads * query.shape[2], table.most, query.device)
-    return over_pages(query, operands, table, gains(query.device), scores, seen, splits)
+    own = query, operands, table, gains(query.device), scores, seen, splits
+    # queries absorb what turns a page, and its synthesis; but not what turns every token, and not thousands of queries
+    absorbs = operands.planes is None or (operands.frame == "page" and query.shape[2] <= DECODE)
+    return over_pages(*own) if absorbs else _over_rebuilt_pages(*own)
 
 
 def over_pages(
@@ -210,6 +229,24 @@ def over_pages(
     unit = scores.scaling * (1.0 if scores.softcap is not None else LOG2E)
     absorbed = absorb(query, operands.absorbing, operands.key_mean, operands.plans[0], unit, frames)
     partial = attend_pages(absorbed, table, *operands.plans, gains_of_bytes, scores.softcap, seen, splits)
+    return _synthesised(partial, operands)
+
+
+def _over_rebuilt_pages(
+    query: Tensor, operands: Operands, table: Table, gains_of_bytes: Tensor, scores: Scores,
+    seen: tuple[Tensor, Tensor] | None, splits: int,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """As `over_pages`, with keys that are rebuilt and turned."""
+    rebuilding, plans = operands.rebuilding, [plan_of(text) for text in operands.plans]
+    partial = attend_restored(
+        query, rebuilding, page_angles(rebuilding, table), operands.steps, table, *plans, gains_of_bytes,
+        scores.scaling, scores.softcap, seen, splits,
+    )  # fmt: skip
+    return _synthesised(partial, operands)
+
+
+def _synthesised(partial: tuple[Tensor, Tensor], operands: Operands) -> tuple[Tensor, Tensor]:
+    """Splits merged, and what values' codes stand for made values."""
     z, log = merge([partial])
     means = z @ operands.restoring
     if operands.value_mean is not None:
