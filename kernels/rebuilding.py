@@ -1,4 +1,4 @@
-"""What kernels need to make keys again that were coded without their rotary embedding, and where pages' angles come from.
+"""What kernels need to make keys again that were coded without their rotary embedding; the angles of pages.
 
 A key is R(position) (W y + mean): W the codec's synthesis, R a rotation of planes (kvcompress/planes.py).
 """
@@ -42,6 +42,20 @@ def angles_kernel(
     known = held[:, None] & (plane < HALF)[None, :]
     tl.store(place, tl.cos(angle) * amplitude, known)
     tl.store(place + HALF, tl.sin(angle) * amplitude, known)
+
+
+@triton.jit
+def angles_of(angles, CHUNK: tl.constexpr, C: tl.constexpr, HALF: tl.constexpr):
+    """(cosines, sines) [C] of a page's position, times the planes' amplitudes."""
+    plane = CHUNK * C + tl.arange(0, C)
+    return tl.load(angles + plane, plane < HALF, 0.0), tl.load(angles + HALF + plane, plane < HALF, 0.0)
+
+
+@triton.jit
+def steps_of(Table, token, CHUNK: tl.constexpr, C: tl.constexpr, HALF: tl.constexpr):
+    """float32 [64, C] of a table [64, HALF]."""
+    plane = CHUNK * C + tl.arange(0, C)
+    return tl.load(Table + token[:, None] * HALF + plane[None, :], (plane < HALF)[None, :], 0.0)
 
 
 @dataclass(frozen=True, eq=False)

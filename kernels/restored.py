@@ -15,7 +15,6 @@ Shapes and results as in `pages`; the token order of rows, 8 g + i in row 8 i + 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -25,26 +24,16 @@ from torch import Tensor
 
 from .checks import DTYPES, check, check_rows
 from .layout import PAGE, BandLayout, TrellisTable
-from .pages import (
-    Table,
-    gains,
-    means,
-    scaled,
-    softcapped,
-    store_sums,
-    value_scales,
-    zero_sums,
-)
+from .pages import Table, gains, means, scaled, softcapped, store_sums, value_scales, zero_sums
 from .ptx import DIGEST
 from .ptx import version as ptx_version
-from .rebuilding import FRAMES, Rebuilding
+from .rebuilding import FRAMES, Rebuilding, angles_of, steps_of
 from .segments import Plan, plan
 from .spread import key_segment, value_segment
 from .unpack import entry
 from .variant import ARCHS, Variant
 
 LARGEST = tl.constexpr(1024.0)  # what a tile's largest query coordinate is brought to, so that fp16 loses little
-
 PLANES = 32  # of a chunk
 WARPS = 4  # what Hopper's matrix instructions are done by together; each takes 16 of a page's tokens
 LOG2E = 1.4426950408889634
@@ -60,8 +49,8 @@ def coded_keys(base, head, token, live, known, KS: tl.constexpr, KB: tl.constexp
     result = ()
     for i in tl.static_range(len(KS)):
         numbers = key_segment(base, head, i, KS, PTX, LANES)
-        factor: tl.tensor = factors[entry(KS, i, 0)]
-        y = numbers.to(tl.float32) * factor[:, None] - (factor * entry(KB, entry(KS, i, 0), 3))[:, None]
+        shift = factors[entry(KS, i, 0)] * entry(KB, entry(KS, i, 0), 3)
+        y = numbers.to(tl.float32) * factors[entry(KS, i, 0)][:, None] - shift[:, None]
         result = result + (y.to(tl.float16),)
     return result
 
@@ -83,20 +72,6 @@ def coordinates(y, W, mean, CHUNK: tl.constexpr, C: tl.constexpr, HALF: tl.const
     for i in tl.static_range(len(KS)):
         total = tl.dot(y[i], synthesis_part(W, entry(KS, i, 8), 16 * entry(KS, i, 3), CHUNK * C, C, HALF), total)
     return total
-
-
-@triton.jit
-def angles_of(angles, CHUNK: tl.constexpr, C: tl.constexpr, HALF: tl.constexpr):
-    """(cosines, sines) [C] of a page's position, times the planes' amplitudes."""
-    plane = CHUNK * C + tl.arange(0, C)
-    return tl.load(angles + plane, plane < HALF, 0.0), tl.load(angles + HALF + plane, plane < HALF, 0.0)
-
-
-@triton.jit
-def steps_of(Table, token, CHUNK: tl.constexpr, C: tl.constexpr, HALF: tl.constexpr):
-    """float32 [64, C] of a table [64, HALF]."""
-    plane = CHUNK * C + tl.arange(0, C)
-    return tl.load(Table + token[:, None] * HALF + plane[None, :], (plane < HALF)[None, :], 0.0)
 
 
 @triton.jit
@@ -141,11 +116,10 @@ def counted(weights, counts, AT: tl.constexpr, M: tl.constexpr):
     The counts' lines are rows, or columns where there are many queries: as a second operand every warp would hold all
     weights, as a first one they are read from shared memory.
     """
+    one = tl.where(tl.arange(0, 16) == AT, 1.0, 0.0).to(tl.float16)
     if M >= 64:
-        one = tl.where(tl.arange(0, 16) == AT, 1.0, 0.0).to(tl.float16)
         result = tl.dot(tl.trans(weights), tl.broadcast_to(one[None, :], [64, 16]), counts)
     else:
-        one = tl.where(tl.arange(0, 16) == AT, 1.0, 0.0).to(tl.float16)
         result = tl.dot(tl.broadcast_to(one[:, None], [16, 64]), weights, counts)
     return result
 
