@@ -177,7 +177,8 @@ def value_scales(base, head, slot, live, known, VB: tl.constexpr):
     for b in tl.static_range(len(VB)):
         if entry(VB, b, 1) == 0:
             largest = tl.max(tl.abs(gains(base, entry(VB, b, 0), head, slot, live, known, 0)), 0)
-            result = result + (tl.where((largest > 0) & (largest < float("inf")), largest, 1.0),)
+            finite = tl.where((largest > 0) & (largest < float("inf")), largest, 1.0)
+            result = result + (tl.maximum(finite, 2.0**-8),)  # room for later pages' gains up to 255 at least
         else:
             result = result + (1.0,)
     return result
@@ -205,7 +206,7 @@ def add_values(sums, counts, weights, shrink, value_scale, base, head, slot, liv
     for b in tl.static_range(len(VB)):
         gain = gains(base, entry(VB, b, 0), head, slot, live, known, entry(VB, b, 1))
         if entry(VB, b, 1) == 0:
-            gain = gain / value_scale[b]
+            gain = tl.minimum(gain / value_scale[b], 32768.0, propagate_nan=tl.PropagateNan.ALL)
         half = scaled(weights, gain, PTX)
         halves = halves + (half,)
         counted = counted + (tl.dot(tl.full([16, 64], 1.0, tl.float16), half, counts[b] * shrink[None, :]),)

@@ -143,7 +143,7 @@ def add_values(sums, counts, weights, shrink, value_scale, base, head, slot, liv
     for b in tl.static_range(len(VB)):
         gain = gains(base, entry(VB, b, 0), head, slot, live, known, entry(VB, b, 1))
         if entry(VB, b, 1) == 0:
-            gain = gain / value_scale[b]
+            gain = tl.minimum(gain / value_scale[b], 32768.0, propagate_nan=tl.PropagateNan.ALL)
         half = scaled(weights, gain, PTX)
         halves = halves + (half,)
         counts = counted(half, counts, b, M)

@@ -113,12 +113,12 @@ def attend(
     return backend.attend(query, history, key, value, mask, scores)
 
 
-def encode(codec: Codec, side: int, pages: Tensor, fit: Fit) -> Coded:
-    """`codec.encode` of pages [n, H, PAGE, D] by the backend that is due."""
-    backend, _ = choose(pages.device)
+def encode(counts: Counter[str], codec: Codec, side: int, pages: Tensor, fit: Fit) -> Coded:
+    """`codec.encode` of pages [n, H, PAGE, D] by the backend that is due; refusals are counted."""
+    backend, _ = choose(pages.device)  # that it is not available, `attend` counts
     coded = backend.encode(codec, side, pages, fit)
     if isinstance(coded, str):
-        refused(f"encoding: {coded}", None)
+        refused(f"encoding: {coded}", counts)
         coded = codec.encode(pages, fit)
     return coded
 
@@ -126,10 +126,9 @@ def encode(codec: Codec, side: int, pages: Tensor, fit: Fit) -> Coded:
 _said: set[str] = set()
 
 
-def refused(reason: str, counts: Counter[str] | None) -> None:
+def refused(reason: str, counts: Counter[str]) -> None:
     """Count a refusal, and log the first one of its reason."""
-    if counts is not None:
-        counts[f"refused: {reason}"] += 1
+    counts[f"refused: {reason}"] += 1
     if reason not in _said:
         _said.add(reason)
         logger.warning("the kernels refuse, and the torch reference steps in: %s", reason)

@@ -18,6 +18,7 @@ from kvcompress.codecs import Codec, Coded, Fit
 from kvcompress.codecs.scale import LOG
 from kvcompress.history import History
 from kvcompress.kernels.absorb import Frames
+from kvcompress.kernels.checks import DTYPES
 from kvcompress.kernels.ops import (
     absorb,
     attend_chunk,
@@ -61,6 +62,8 @@ class Triton:
             return "a mask of four dimensions"
         if not mask.causal:
             return "attention that is not causal"
+        if query.dtype not in DTYPES:
+            return f"queries of {query.dtype}"
         if query.shape[-1] > WIDEST:
             return f"heads of {query.shape[-1]} dimensions, at most {WIDEST} are taken"
         if history is None or not any(history.coded):
@@ -92,6 +95,7 @@ class Triton:
             pages = pages.float()
         records = torch.zeros(len(pages), layout.page_bytes, dtype=torch.uint8, device=pages.device)
         analysis = codec.transform.analysis(fit, pages.device)
+        analysis = None if analysis is None else analysis.contiguous()
         encode_side(pages.contiguous(), fit.get("mean"), analysis, records, text_of_bands(bands))
         prefix = ("key.", "value.")[side]
         return {name.removeprefix(prefix): part for name, part in layout.views(records).items()}

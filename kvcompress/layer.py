@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import logging
 from collections import Counter
+from functools import partial
 from typing import Any
 
 import torch
@@ -114,7 +115,7 @@ class CompressedLayer(CacheLayerMixin):
             self.spec.window,
             shared=self.spec.basis == "shared",
             preset=None if self.basis is None else self.basis.to(key_states.device),
-            encode=backends.encode,
+            encode=partial(backends.encode, self.counts),
             rotation=None if key.frame == "fixed" else self.shared.rotation(self.index, key.head_dim),
         )
         self.dtype, self.device = key_states.dtype, key_states.device

@@ -119,7 +119,7 @@ class TestChoice:
         out = backends.attend(query, None, key, value, Mask(None, True), Scores(0.25), counts)
         assert out.eq(1).all()
         codec = CodecSpec.parse("trellis3").build(Geometry(16))
-        assert backends.encode(codec, 0, torch.zeros(1, 1, 64, 16), {}) == {}
+        assert backends.encode(Counter(), codec, 0, torch.zeros(1, 1, 64, 16), {}) == {}
         assert not counts
 
 
@@ -146,8 +146,10 @@ class TestRefusals:
         codec = CodecSpec.parse("trellis3").build(Geometry(16))
         pages = torch.randn(2, 1, 64, 16, generator=torch.Generator().manual_seed(0))
         fit = codec.fit(pages)
+        counts: Counter[str] = Counter()
         with caplog.at_level(logging.WARNING):
-            coded = [backends.encode(codec, 0, pages, fit) for _ in range(2)][1]
+            coded = [backends.encode(counts, codec, 0, pages, fit) for _ in range(2)][1]
+        assert counts == {"refused: encoding: no such codes": 2}
         good = codec.encode(pages, fit)
         assert coded.keys() == good.keys()
         assert all(torch.equal(coded[name], part) for name, part in good.items())

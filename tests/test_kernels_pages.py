@@ -12,6 +12,7 @@ import os
 import subprocess
 import sys
 from collections import Counter
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -305,7 +306,7 @@ class TestInterpreted:
         """Coded by the backend and read by it, in a frame that turns."""
         monkeypatch.setenv(backends.VARIABLE, "triton")
         spec = "key=spectral2,value=lloyd3"
-        history, other = empty(spec, 32, encode=backends.encode), empty(spec, 32)
+        history, other = empty(spec, 32, encode=partial(backends.encode, Counter())), empty(spec, 32)
         for own in (history, other):
             grow(own, 1, 1, 80, 32)
         for side, codec in enumerate(history.codecs):
