@@ -319,14 +319,9 @@ def pages_kernel(
     for _ in tl.static_range(len(VB)):
         counts = counts + (tl.zeros([16, M], tl.float32),)
     state = (tl.full([M], -1.0e30, tl.float32), tl.zeros([16, M], tl.float32), zero_sums(M, VS), counts)
-    value_scale = value_scales(
-        tl.load(table + tl.minimum(first, tl.maximum(count - 1, 0))),
-        head,
-        slot,
-        slot < (last - first) * 64,  # none where the split has no pages
-        gain_of,
-        VB,
-    )
+    own = tl.minimum(first, tl.maximum(count - 1, 0))
+    held = token < tl.where(first < last, tl.load(fills + own), 0)  # nothing is read where the split has no pages
+    value_scale = value_scales(tl.load(table + own), head, slot, held, gain_of, VB)
     for page in tl.range(first, last):
         if PER_PAGE:
             here = place + page
