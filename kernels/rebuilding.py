@@ -15,6 +15,7 @@ from torch import Tensor
 from .checks import check
 from .layout import PAGE
 from .pages import Table
+from .variant import Variant
 
 #: What a frame is called by the kernel, and how far from a page's first token its angle is taken.
 FRAMES = {"page": (1, PAGE // 2), "token": (2, 0)}
@@ -114,3 +115,14 @@ def page_angles(rebuilding: Rebuilding, table: Table) -> Tensor:
         HALF=half, HP=triton.next_power_of_2(half), P=pages,
     )  # fmt: skip
     return angles
+
+
+def variants() -> list[Variant]:
+    """The angles of pages at head_dim 128."""
+    pointers = dict.fromkeys(("Starts", "Counts"), "*i32")
+    pointers |= dict.fromkeys(("Frequencies", "Amplitudes", "Angles"), "*fp32")
+    constants = {"HALF": 64, "HP": 64, "P": 16}
+    types = {**dict.fromkeys(constants, "constexpr"), **pointers}
+    signature = {name: types.get(name, "i32") for name in angles_kernel.arg_names}
+    aligned = (*pointers, "starts_row", "angles_row")
+    return [Variant("angles", "-", 128, angles_kernel, signature, constants, aligned, 4, 1)]
