@@ -94,7 +94,7 @@ def blocks_before(base, S: tl.constexpr, S0: tl.constexpr, N: tl.constexpr, BITS
 @triton.jit
 def key_numbers(base, head, S: tl.constexpr, S0: tl.constexpr, N: tl.constexpr, KIND: tl.constexpr, BITS: tl.constexpr,
                 T: tl.constexpr, CODES: tl.constexpr, PTX: tl.constexpr):  # fmt: skip
-    """fp16 [16 N, 64], one segment of the keys."""
+    """fp16 [64, 16 N], one segment of the keys, as `key_tile`."""
     start = (base + CODES).to(tl.pointer_type(tl.uint32)) + head * (S * 32 * BITS)
     own = words(start, key_blocks(S, S0, N, 0), BITS)
     before = blocks_before(start, S, S0, N, BITS, depth(KIND, BITS), False, 0)
@@ -105,7 +105,7 @@ def key_numbers(base, head, S: tl.constexpr, S0: tl.constexpr, N: tl.constexpr, 
 def value_numbers(base, head, S: tl.constexpr, S0: tl.constexpr, N: tl.constexpr, KIND: tl.constexpr,
                   BITS: tl.constexpr, T: tl.constexpr, CODES: tl.constexpr,
                   PTX: tl.constexpr):  # fmt: skip
-    """fp16 [64, 16 N], one segment of the values."""
+    """fp16 [16 N, 64], one segment of the values, as `value_tile`."""
     start = (base + CODES).to(tl.pointer_type(tl.uint32)) + head * (S * 32 * BITS)
     own0 = words(start, value_blocks(S, S0, N, 0), BITS)
     own1 = words(start, value_blocks(S, S0, N, 0) + 4, BITS)
@@ -198,16 +198,30 @@ def scaled(weights, gain, PTX: tl.constexpr):
 
 
 @triton.jit
+def weights_of_band(weights, value_scale, base, head, slot, live, known, BAND: tl.constexpr, VB: tl.constexpr,
+                    PTX: tl.constexpr):  # fmt: skip
+    """fp16 [64, M]: weights times the gains of one band of a page's values."""
+    gain = gains(base, entry(VB, BAND, 0), head, slot, live, known, entry(VB, BAND, 1))
+    if entry(VB, BAND, 1) == 0:
+        gain = tl.minimum(gain / value_scale, 32768.0, propagate_nan=tl.PropagateNan.ALL)
+    return scaled(weights, gain, PTX)
+
+
+@triton.jit
+def order_of_page():
+    """(the token, the slot of its value) in every row of a tile of scores [64, M]."""
+    n = tl.arange(0, 64)
+    return n % 8 * 8 + n // 8, n % 8 // 2 * 16 + n // 8 * 2 + n % 2
+
+
+@triton.jit
 def add_values(sums, counts, weights, shrink, value_scale, base, head, slot, live, known, VS: tl.constexpr,
                VB: tl.constexpr, PTX: tl.constexpr):  # fmt: skip
     """(sums of a page's numbers, sums of their weights), joined to those before it, which shrink."""
     halves = ()
     counted = ()
     for b in tl.static_range(len(VB)):
-        gain = gains(base, entry(VB, b, 0), head, slot, live, known, entry(VB, b, 1))
-        if entry(VB, b, 1) == 0:
-            gain = tl.minimum(gain / value_scale[b], 32768.0, propagate_nan=tl.PropagateNan.ALL)
-        half = scaled(weights, gain, PTX)
+        half = weights_of_band(weights, value_scale[b], base, head, slot, live, known, b, VB, PTX)
         halves = halves + (half,)
         counted = counted + (tl.dot(tl.full([16, 64], 1.0, tl.float16), half, counts[b] * shrink[None, :]),)
     result = ()
@@ -297,9 +311,7 @@ def pages_kernel(
     tiles = tl.cdiv(rows, M)
     row, tile = at // tiles, at % tiles
     m = tile * M + tl.arange(0, M)
-    n = tl.arange(0, 64)
-    token = n % 8 * 8 + n // 8
-    slot = n % 8 // 2 * 16 + n // 8 * 2 + n % 2
+    token, slot = order_of_page()
     count = tl.load(Counts + row)
     share = tl.cdiv(count, splits)
     first = split * share

@@ -24,7 +24,17 @@ from torch import Tensor
 
 from .checks import DTYPES, check, check_rows
 from .layout import PAGE, BandLayout, TrellisTable
-from .pages import Table, gains, means, scaled, softcapped, store_sums, value_scales, zero_sums
+from .pages import (
+    Table,
+    gains,
+    means,
+    order_of_page,
+    softcapped,
+    store_sums,
+    value_scales,
+    weights_of_band,
+    zero_sums,
+)
 from .ptx import DIGEST
 from .ptx import version as ptx_version
 from .rebuilding import FRAMES, Rebuilding, angles_of, steps_of
@@ -141,10 +151,7 @@ def add_values(sums, counts, weights, shrink, value_scale, base, head, slot, liv
     counts = counted(weights, shrunk(counts, shrink, M), len(VB), M)
     halves = ()
     for b in tl.static_range(len(VB)):
-        gain = gains(base, entry(VB, b, 0), head, slot, live, known, entry(VB, b, 1))
-        if entry(VB, b, 1) == 0:
-            gain = tl.minimum(gain / value_scale[b], 32768.0, propagate_nan=tl.PropagateNan.ALL)
-        half = scaled(weights, gain, PTX)
+        half = weights_of_band(weights, value_scale[b], base, head, slot, live, known, b, VB, PTX)
         halves = halves + (half,)
         counts = counted(half, counts, b, M)
     result = ()
@@ -221,9 +228,7 @@ def restored_kernel(
     tiles = tl.cdiv(rows, M)
     row, tile = at // tiles, at % tiles
     m = tile * M + tl.arange(0, M)
-    n = tl.arange(0, 64)
-    token = n % 8 * 8 + n // 8
-    slot = n % 8 // 2 * 16 + n // 8 * 2 + n % 2
+    token, slot = order_of_page()
     count = tl.load(Counts + row)
     share = tl.cdiv(count, splits)
     first = split * share

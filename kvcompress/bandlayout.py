@@ -36,16 +36,13 @@ PARTS = ("codes", "gain", "scale", "zero")
 
 def _band(band: Band, start: int, at: dict[str, int]) -> BandLayout | str:
     quantiser = band.quantiser
-    if isinstance(quantiser, Trellis):
-        table: TrellisTable | LevelTable = _trellis(quantiser.bits)
+    if isinstance(quantiser, (Trellis, LloydMax)):
+        trellis = isinstance(quantiser, Trellis)
+        table = _trellis(quantiser.bits) if trellis else _levels(quantiser.bits)
         return BandLayout(
-            start, band.width, "trellis", quantiser.bits, _gain(quantiser.gain), at["codes"], at["gain"], table=table
-        )
-    if isinstance(quantiser, LloydMax):
-        table = _levels(quantiser.bits)
-        return BandLayout(
-            start, band.width, "lloyd", quantiser.bits, _gain(quantiser.gain), at["codes"], at["gain"], table=table
-        )
+            start, band.width, "trellis" if trellis else "lloyd", quantiser.bits, _gain(quantiser.gain), at["codes"],
+            at["gain"], table=table,
+        )  # fmt: skip
     if isinstance(quantiser, (PerToken, PerChannel)):
         kind = "affine_token" if isinstance(quantiser, PerToken) else "affine_channel"
         return BandLayout(

@@ -14,7 +14,7 @@ import triton
 from torch import Tensor
 
 from kvcompress.bandlayout import bands_of
-from kvcompress.codecs import Codec, Coded, Fit
+from kvcompress.codecs import SIDES, Codec, Coded, Fit, within
 from kvcompress.codecs.scale import LOG
 from kvcompress.history import History
 from kvcompress.kernels.absorb import Frames
@@ -68,7 +68,9 @@ class Triton:
             return f"heads of {query.shape[-1]} dimensions, at most {WIDEST} are taken"
         if history is None or not any(history.coded):
             return None
-        return _refuses_codes(history, query)
+        if isinstance(history.derived, Operands):  # its codecs have been taken before, and stay
+            return None
+        return _refuses_codes(history)
 
     def attend(
         self, query: Tensor, history: History | None, key: Tensor, value: Tensor, mask: Mask, scores: Scores
@@ -97,8 +99,7 @@ class Triton:
         analysis = codec.transform.analysis(fit, pages.device)
         analysis = None if analysis is None else analysis.contiguous()
         encode_side(pages.contiguous(), fit.get("mean"), analysis, records, text_of_bands(bands))
-        prefix = ("key.", "value.")[side]
-        return {name.removeprefix(prefix): part for name, part in layout.views(records).items()}
+        return within(layout.views(records), f"{SIDES[side]}.")
 
 
 @lru_cache(maxsize=256)
@@ -107,10 +108,10 @@ def _record(codec: Codec, side: int, heads: int, dtype: torch.dtype, device: tor
     page = torch.zeros(1, heads, PAGE, codec.head_dim, dtype=dtype)
     page = page + torch.arange(codec.head_dim)  # something to fit to
     coded = codec.encode(page, codec.fit(page.float()))
-    return RecordLayout.of({f"{('key', 'value')[side]}.{name}": part for name, part in coded.items()})
+    return RecordLayout.of({f"{SIDES[side]}.{name}": part for name, part in coded.items()})
 
 
-def _refuses_codes(history: History, query: Tensor) -> str | None:
+def _refuses_codes(history: History) -> str | None:
     assert history.pool.layout is not None
     for side, codec in enumerate(history.codecs):
         bands = bands_of(codec, side, history.pool.layout)
