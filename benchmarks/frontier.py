@@ -11,16 +11,16 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
 from rich.progress import Progress
 
-from benchmarks import frontier_plot, frontier_reading, frontier_tables, results, texts
+from benchmarks import frontier_plot, frontier_reading, frontier_tables, texts
 from benchmarks.caches import Contender, field
 from benchmarks.cases import filled
 from benchmarks.frontier_subjects import DATA, SUBJECTS, Subject, default_text, gather
+from benchmarks.log import Log, open_log
 from benchmarks.progress import bar
-from benchmarks.rows import Log, Row, empty_row
+from benchmarks.rows import Row, empty_row
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ class Run:
     """A run under way: what it measures, the log that it writes, and how it shows where it is."""
 
     settings: Settings
-    log: Log
+    log: Log[Row]
     progress: Progress
 
     def subject(self, subject: Subject) -> None:
@@ -86,7 +86,7 @@ class Run:
             self.progress.advance(task, context)
 
 
-def measure(settings: Settings, log: Log, console: Console, data: Path = DATA) -> list[str]:
+def measure(settings: Settings, log: Log[Row], console: Console, data: Path = DATA) -> list[str]:
     """Add all missing rows to the log; returns remarks on what is left out. Raises ValueError where nothing is left."""
     found, remarks = gather(settings, data)
     with bar(console, 48) as progress:
@@ -117,12 +117,8 @@ def run(settings: Settings, output: Path, console: Console, fresh: bool = False,
     with the rows in the folder; OSError for a model or text that is not there.
     """
     field(settings.specs, settings.baselines)  # a wrong spec is told before anything is loaded
-    shared = {
-        "benchmark": "quality",
-        "options": {**asdict(settings), "text": settings.text and str(settings.text)},
-        **results.environment("cuda" if torch.cuda.is_available() else "cpu", torch.get_num_threads()),
-    }
-    log = Log(output / "results.jsonl", settings.of_rows(data), shared, fresh)
+    options = {**asdict(settings), "text": settings.text and str(settings.text)}
+    log = open_log(output, "quality", Row, settings.of_rows(data), fresh, options=options)
     remarks = measure(settings, log, console, data)
     log.rewrite()
     if len(log.commits) > 1:

@@ -1,11 +1,8 @@
-"""The rows of `python -m benchmarks quality`: one a subject, context, seed and cache, and the file that they go to."""
+"""The rows of `python -m benchmarks quality`: one a subject, context, seed and cache."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, fields
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 from benchmarks.caches import Contender
@@ -67,68 +64,3 @@ def empty_row(subject: str, context: int, seed: int, contender: Contender) -> Ro
         contender.library,
         contender.content,
     )
-
-
-class Log:
-    """A file of JSON lines, a row and what all rows share in each, that grows row by row and can be gone on with.
-
-    settings: what every row depends on. Raises ValueError where the file holds rows of other settings.
-    """
-
-    def __init__(self, path: Path, settings: Mapping[str, Any], shared: Mapping[str, Any], fresh: bool = False):
-        self.path, self.shared = path, {**shared, "settings": dict(settings)}
-        self._lines: dict[Key, dict[str, Any]] = {}
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if not fresh and path.exists():
-            for line in _readable(path.read_text("utf-8").splitlines()):
-                self._check(line)
-                self._lines[_row(line).key] = line
-        self.rewrite()
-
-    def _check(self, line: Mapping[str, Any]) -> None:
-        mine, theirs = self.shared["settings"], line.get("settings", {})
-        apart = [name for name in mine if theirs.get(name) != mine[name]]
-        if apart:
-            said = ", ".join(f"{name} {theirs.get(name)!r}, not {mine[name]!r}" for name in apart)
-            raise ValueError(f"{self.path} holds rows with {said}: choose another --output, or --fresh to replace them")
-
-    def rewrite(self) -> None:
-        """Write the file anew: every row once."""
-        fresh = self.path.with_suffix(".tmp")
-        fresh.write_text("".join(json.dumps(line) + "\n" for line in self._lines.values()))
-        fresh.replace(self.path)
-
-    def add(self, row: Row) -> None:
-        """Append a row, in place of one with the same key."""
-        line = {**asdict(row), **self.shared}
-        self._lines[row.key] = line
-        with self.path.open("a") as file:
-            file.write(json.dumps(line) + "\n")
-
-    def done(self, key: Key) -> bool:
-        """Whether the row was measured already; one that failed was not."""
-        return key in self._lines and self._lines[key]["status"] == "ok"
-
-    @property
-    def rows(self) -> list[Row]:
-        return [_row(line) for line in self._lines.values()]
-
-    @property
-    def commits(self) -> list[str]:
-        """The commits that the rows were measured at."""
-        return sorted({str(line.get("commit")) for line in self._lines.values()})
-
-
-def _readable(lines: Iterable[str]) -> list[dict[str, Any]]:
-    """The lines' objects, without one that a killed run left unfinished."""
-    found = []
-    for line in lines:
-        try:
-            found.append(json.loads(line))
-        except json.JSONDecodeError:
-            continue
-    return found
-
-
-def _row(line: Mapping[str, Any]) -> Row:
-    return Row(**{field.name: line[field.name] for field in fields(Row) if field.name in line})

@@ -15,8 +15,9 @@ from benchmarks import caches, frontier, frontier_reading, frontier_tables, pare
 from benchmarks.__main__ import app
 from benchmarks.caches import UNCOMPRESSED
 from benchmarks.frontier import Settings
+from benchmarks.log import Log
 from benchmarks.pareto import AtBits, best_at, interpolated, optimal, ratio, summarise
-from benchmarks.rows import Log, Row, empty_row
+from benchmarks.rows import Row, empty_row
 
 PROSE = " ".join(f"The {word} went over hill number {index} and came back." for index, word in enumerate("abcdef" * 80))
 BASE = empty_row("embedded", 4096, 0, UNCOMPRESSED)
@@ -185,13 +186,13 @@ def test_the_reading_says_where_low_rank_alone_stands() -> None:
 
 def test_a_log_is_gone_on_with_where_the_settings_agree(tmp_path: Path) -> None:
     path, settings = tmp_path / "results.jsonl", {"chunk": 512}
-    log = Log(path, settings, {"commit": "a"})
+    log = Log(path, Row, settings, {"commit": "a"})
     for each in FIELD[:3]:
         log.add(each)
     log.add(replace(FIELD[3], status="failed", reason="it broke"))
     with path.open("a") as file:
         file.write('{"subject": "embedded", "context"')  # a run that was killed while it wrote
-    again = Log(path, settings, {"commit": "b"})
+    again = Log(path, Row, settings, {"commit": "b"})
     assert again.rows[:3] == FIELD[:3]
     assert [again.done(each.key) for each in FIELD[:5]] == [True, True, True, False, False]
     again.add(FIELD[3])
@@ -199,8 +200,8 @@ def test_a_log_is_gone_on_with_where_the_settings_agree(tmp_path: Path) -> None:
     assert again.commits == ["a", "b"]
     assert [json.loads(line)["commit"] for line in path.read_text().splitlines()] == ["a", "a", "a", "b"]
     with pytest.raises(ValueError, match="chunk 512, not 256"):
-        Log(path, {"chunk": 256}, {})
-    assert Log(path, {"chunk": 256}, {}, fresh=True).rows == []
+        Log(path, Row, {"chunk": 256}, {})
+    assert Log(path, Row, {"chunk": 256}, {}, fresh=True).rows == []
 
 
 def test_a_whole_small_run_is_written_and_gone_on_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

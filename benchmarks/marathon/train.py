@@ -1,0 +1,50 @@
+"""Train the marathon model: ``python -m benchmarks.marathon.train BOOKS --work DIR``.
+
+It begins with the embedded model's weights (`model.begin_from`) and its tokenizer and text, at half the learning rate,
+and ends on documents of 16,384 tokens, whose facts are stated thousands of tokens before they are asked for.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import torch
+import typer
+
+from benchmarks.embedded.corpus import Mixture, Shares
+from benchmarks.embedded.loop import Phase, optimise
+from benchmarks.embedded.train import SEED, export, prepare
+from benchmarks.marathon.model import TRAINING, begin_from
+from kvcompress import models
+
+PEAK = 0.5  # of the learning rates that the embedded model was trained at
+PHASES = (
+    Phase(steps=120, rows=32, context=256, shares=Shares(recall=0.35, code=0.05, repeat=0.25, spacing=28)),
+    Phase(steps=150, rows=8, context=1024, shares=Shares(recall=0.45, code=0.05, repeat=0.15, spacing=40)),
+    Phase(steps=120, rows=2, context=4096, shares=Shares(recall=0.50, code=0.05, repeat=0.0, spacing=64)),
+    Phase(steps=60, rows=1, context=16384, shares=Shares(recall=0.60, code=0.0, repeat=0.0, spacing=128)),
+)
+
+
+def train(
+    books: Annotated[Path, typer.Argument(help="folder of .txt books; War and Peace in it is left out")],
+    work: Annotated[Path, typer.Option(help="where tokens, checkpoints and the exported model go")] = Path("marathon"),
+) -> None:
+    """Train, then export to WORK/model; run again to resume."""
+    source, fast = models.embedded()
+    tokenizer, prose, code = prepare(books, work, fast.backend_tokenizer)
+    model = begin_from(source)
+    model.set_attn_implementation(TRAINING)
+    model.to("cuda" if torch.cuda.is_available() else "cpu").train()  # type: ignore[arg-type]
+
+    def draw(step: int, phase: Phase) -> tuple[np.ndarray, np.ndarray]:
+        return Mixture(tokenizer, prose, code, seed=SEED + 10_000 + step).batch(phase.rows, phase.context, phase.shares)
+
+    optimise(model, PHASES, draw, work / "state.pt", PEAK)
+    export(model, tokenizer, work / "model")
+
+
+if __name__ == "__main__":
+    typer.run(train)
