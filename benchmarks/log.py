@@ -103,6 +103,14 @@ def open_log(
     return Log(folder / "results.jsonl", kind, settings, shared, fresh)
 
 
+def read(path: Path, kind: type[R]) -> list[R]:
+    """The rows of a file of results, the last one of each key; raises OSError where there is no such file."""
+    names = {field.name for field in fields(kind)}  # type: ignore[arg-type]
+    lines = readable(path.read_text("utf-8").splitlines())
+    rows = [kind(**{name: value for name, value in line.items() if name in names}) for line in lines]
+    return list({row.key: row for row in rows}.values())
+
+
 def readable(lines: Iterable[str]) -> list[dict[str, Any]]:
     """The lines' objects, without one that a killed run left unfinished."""
     found = []

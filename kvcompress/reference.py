@@ -15,11 +15,13 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from kvcompress import flash
 from kvcompress.history import History
 from kvcompress.store import PAGE
 
 WORKSPACE = 1 << 21  # elements
-TILE = 1024  # exact tokens attended at a time
+TILE = 512  # exact tokens attended at a time
+FUSED_WIDTH = 512  # of a block whose scores nobody holds: decoded vectors, with what it takes to decode them
 
 
 @dataclass(frozen=True)
@@ -89,6 +91,14 @@ class Partial:
         self.sum = self.sum * shrink + weights @ values
         self.top = top
 
+    def join(self, mean: Tensor, log: Tensor) -> None:
+        """Take in another partial result: weighted mean [B, H, n, width] and log-sum-exp [B, H, n, 1], finite."""
+        top = torch.maximum(self.top, log)
+        weight, shrink = torch.exp(log - top), torch.exp(self.top - top)
+        self.total = self.total * shrink + weight
+        self.sum = self.sum * shrink + mean * weight
+        self.top = top
+
     def result(self) -> tuple[Tensor, Tensor]:
         """(weighted mean [B, H, n, width], log-sum-exp [B, H, n, 1]); zero and -inf where nothing was seen."""
         return self.sum / self.total.masked_fill(self.total == 0, 1.0), self.top + self.total.log()
@@ -100,7 +110,8 @@ def attend(query: Tensor, history: History | None, key: Tensor, value: Tensor, m
     Returns [B, Q, H*G, D_v] in the query's dtype. Queries are worked on in tiles that keep the scores within WORKSPACE.
     """
     rows, heads, length, _ = query.shape
-    size = max(WORKSPACE // (rows * heads * TILE), 1)
+    banded = mask.tensor is not None and mask.tensor.ndim == 4  # of a sliding layer: small tiles, of which few are seen
+    size = TILE if banded else max(WORKSPACE // (rows * heads * TILE), 1)
     groups, own = heads // key.shape[1], key.shape[2] - length
     before = history.columns if history is not None else 0
     tiles = [
@@ -155,6 +166,11 @@ def _both(first: Tensor | None, second: Tensor | None) -> Tensor | None:
     return first & second if first.dtype == torch.bool else first.masked_fill(~second, -torch.inf)
 
 
+def _unseen(allowed: Tensor | None) -> bool:
+    """Whether no query sees any token, where that is known without waiting for a device."""
+    return allowed is not None and allowed.dtype == torch.bool and allowed.device.type == "cpu" and not allowed.any()
+
+
 def _chunk(tile: Tile, key: Tensor, value: Tensor, scores: Scores, before: int) -> tuple[Tensor, Tensor]:
     """The chunk's own tokens, in causal order; `before`: columns of history that precede them in the mask."""
     partial = Partial(tile.query, value.shape[-1])
@@ -166,6 +182,8 @@ def _chunk(tile: Tile, key: Tensor, value: Tensor, scores: Scores, before: int) 
         if tile.mask.causal:
             own = torch.arange(tile.offset, tile.offset + tile.length, device=key.device)
             allowed = _both(allowed, (tokens <= own.unsqueeze(1))[None, None])
+        if _unseen(allowed):
+            continue
         raw = tile.query @ key[:, :, part].float().mT
         partial.add(_finish(raw, scores, allowed, tile.groups), value[:, :, part].float())
     return partial.result()
@@ -205,14 +223,19 @@ def _codes(tiles: list[Tile], history: History, scores: Scores) -> list[tuple[Te
     partials = [Partial(tile.query, history.ranks[1]) for tile in tiles]
     pads = torch.tensor(history.pads, device=tiles[0].query.device).unsqueeze(1)
     rows, heads, queries, _ = tiles[0].query.shape
-    width = max(*history.ranks, queries)
+    fuses = scores.softcap is None and flash.takes(tiles[0].query)
+    width = max(*history.ranks, FUSED_WIDTH if fuses else queries)
     for block in history.blocks(max(WORKSPACE // (rows * heads * PAGE * width), 1)):
         columns = (block.positions + pads).clamp_max(history.columns - 1)
         valid = None if block.valid is None else block.valid[:, None, None]
         for tile, (query, bias), partial in zip(tiles, absorbed, partials, strict=True):
+            allowed = _both(tile.mask.at(columns), valid)
+            if allowed is None and fuses:
+                mean, log = flash.attend(query, block.key, block.value, scores.scaling)
+                partial.join(mean, log if bias is None else log + bias * scores.scaling)
+                continue
             raw = query @ block.key.mT
             raw = raw if bias is None else raw + bias
-            allowed = _both(tile.mask.at(columns), valid)
             partial.add(_finish(raw, scores, allowed, tile.groups), block.value)
     results = (partial.result() for partial in partials)
     return [(history.codecs[1].restore(mean, value_fit), log) for mean, log in results]

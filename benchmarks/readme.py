@@ -1,0 +1,128 @@
+"""The tables and figures of README.md, made from the committed results: ``python -m benchmarks.readme`` rewrites them.
+
+A block stands between ``<!-- NAME: python -m benchmarks.readme -->`` and ``<!-- end -->``; tests/test_readme.py fails
+where README.md says anything else than the results do.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from benchmarks.caches import OUR_SIDE, PEER_SIDE
+from benchmarks.log import read
+from benchmarks.pareto import Spread, Summary, best_at, panels, ratio, summarise
+from benchmarks.rows import Row
+from kvcompress.presets import PRESETS
+from kvcompress.spec import DEFAULT_SPEC
+
+ROOT = Path(__file__).parent.parent
+RESULTS = Path(__file__).parent / "results"
+BLOCK = re.compile(r"(<!-- (\w+): python -m benchmarks\.readme -->\n).*?(<!-- end -->)", re.DOTALL)
+
+#: What the table of quality shows, of all that was measured.
+SHOWN = (
+    "fp8", "bnb8", "kivi4", "QuantizedCache quanto4", "nf4", "QuantizedCache hqq4", "kvarn4", "prerope+spectral4",
+    "spectral4", "trellis4", "turboquant4", "prerope+spectral3.5", "kvarn3", "kvquant3", "prerope+spectral3",
+    "spectral3", "trellis:auto3", "trellis:k4v2", "trellis3", "turboquant3", "prerope+spectral2.5", "kivi2",
+    "QuantizedCache quanto2", "prerope+spectral2", "spectral2", "trellis2", "turboquant2", "prerope+spectral1.5",
+)  # fmt: skip
+PLAIN, HARD = ("embedded", 4096), ("embedded-hard", 4096)
+RATES = (2.0, 3.0, 4.0)
+
+
+def markdown(headings: Sequence[str], right: int, rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table whose last `right` columns are aligned to the right."""
+    rules = ["---"] * (len(headings) - right) + ["---:"] * right
+    return "".join(f"| {' | '.join(line)} |\n" for line in [headings, rules, *rows])
+
+
+def quality(results: Path) -> str:
+    """The table of quality against measured bits."""
+    found = panels(read(results / "quality" / "results.jsonl", Row))
+    plain, hard = ({each.cache: each for each in summarise(found[panel])} for panel in (PLAIN, HARD))
+    headings = [
+        "cache", "", "bits/elem", "all held", "KL", "KL, outlier channels", "top-1", "perplexity", "multi-key recall"
+    ]  # fmt: skip
+    base = plain["uncompressed"]
+    first = ["uncompressed", "", "32", "32", "0", "0", "100%", *_percent(base)]
+    return markdown(headings, 7, [first, *(_line(plain[name], hard[name]) for name in SHOWN)])
+
+
+def _line(own: Summary, hard: Summary) -> list[str]:
+    preset = next((name for name, known in PRESETS.items() if known.source == own.cache), None)
+    ours = own.side == OUR_SIDE
+    name = f"**{own.cache}**" if ours else own.cache
+    bits, held = (f"{own.values[field].mean:.2f}" for field in ("bits_per_element", "effective_bits_per_element"))
+    losses = [_spread(each.values["kl_mean"]) for each in (own, hard)]
+    top = f"{own.values['top1_agreement'].mean:.1%}"
+    named = [f"`{preset}`"] * bool(preset) + ["default"] * (own.cache == DEFAULT_SPEC)
+    return [name + f" ({', '.join(named)})" * bool(named), "ours" * ours, bits, held, *losses, top, *_percent(own)]
+
+
+def _percent(own: Summary) -> list[str]:
+    return [f"{own.values['perplexity'].mean:.2f}", f"{own.values['key_recall'].mean:.1%}"]
+
+
+def _spread(value: Spread) -> str:
+    return f"{value.mean:.2e}" + (f" ± {value.deviation:.0e}" if value.deviation is not None else "")
+
+
+def rates(results: Path) -> str:
+    """How the best of ours compares with the best peer at equal bits, and low rank with quantisation."""
+    rows = panels(read(results / "quality" / "results.jsonl", Row))[PLAIN]
+    over = []
+    for bits in RATES:
+        ours, peer = best_at(rows, OUR_SIDE, bits), best_at(rows, PEER_SIDE, bits)
+        found = ratio(ours, peer) if ours is not None and peer is not None else None
+        over.append("-" if found is None else f"{found.mean:.2f}")
+    loss = {each.cache: each.loss or 0.0 for each in summarise(rows)}
+    bits_of = {each.cache: each.bits or 0.0 for each in summarise(rows)}
+    mixed, best, after, plain = "prerope+lowrank48+trellis4", "prerope+spectral3", "lowrank48+trellis4", "trellis4"
+    return (
+        f"* At equal bits the best of ours has {', '.join(over[:-1])} and {over[-1]} of the best peer's KL at "
+        f"{', '.join(f'{bits:g}' for bits in RATES[:-1])} and {RATES[-1]:g} bits, and outlier\n  channels make no "
+        "difference to spectral and low-rank codecs, while every rotation breaks on them.\n"
+        f"* **Low rank or quantisation?** Quantise. 32 of 64 directions in float16, {bits_of['lowrank32']:.1f} bits, "
+        f"lose {loss['lowrank32']:.1e}\n  ({loss['prerope+lowrank32']:.1e} before RoPE); `fp8` loses {loss['fp8']:.1e} "
+        f"at {bits_of['fp8']:.1f} bits and `spectral1.5` {loss['spectral1.5']:.1e} at {bits_of['spectral1.5']:.1f}.\n"
+        f"  Low rank pays as a transform before codes, and on keys before RoPE: `{mixed}`\n  has {loss[mixed]:.1e} at "
+        f"{bits_of[mixed]:.1f} bits, beside {loss[best]:.1e} at {bits_of[best]:.1f} of `{best}`. After RoPE: "
+        f"`{after}`\n  {loss[after]:.1e} at {bits_of[after]:.1f} bits, `{plain}` {loss[plain]:.1e} at "
+        f"{bits_of[plain]:.1f}.\n"
+    )
+
+
+def embedded(results: Path) -> str:
+    """The embedded model's bits per byte and recall by length of context."""
+    found = json.loads((results / "embedded.json").read_text())
+    contexts = sorted({*found["bits_per_byte"], *found["recall"]}, key=int)
+    lines = [
+        [name, *(form.format(found[field][tokens]) if tokens in found[field] else "-" for tokens in contexts)]
+        for name, field, form in (
+            ("bits per byte", "bits_per_byte", "{:.3f}"), ("recall of stated facts", "recall", "{:.1%}")
+        )
+    ]  # fmt: skip
+    return markdown(["tokens of context", *contexts], len(contexts), lines)
+
+
+#: What every block of README.md is made by.
+BLOCKS: dict[str, Callable[[Path], str]] = {"quality": quality, "rates": rates, "embedded": embedded}
+
+
+def rewritten(text: str, results: Path = RESULTS) -> str:
+    """README's text with all blocks made anew; raises ValueError for a block that nothing makes."""
+
+    def made(match: re.Match[str]) -> str:
+        if match[2] not in BLOCKS:
+            raise ValueError(f"README.md has a block {match[2]!r}; known: {', '.join(BLOCKS)}")
+        return match[1] + BLOCKS[match[2]](results) + match[3]
+
+    return BLOCK.sub(made, text)
+
+
+if __name__ == "__main__":
+    path = ROOT / "README.md"
+    path.write_text(rewritten(path.read_text("utf-8")), "utf-8")

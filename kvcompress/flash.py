@@ -1,0 +1,31 @@
+"""Attention with its log-sum-exp by PyTorch's fused kernel for CPUs, which never holds the scores.
+
+The reference spends most of a long chunk's time on scores that are written, exponentiated and read again.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+FEWEST = 64  # queries; below, one product of matrices is as fast
+
+
+def takes(query: Tensor) -> bool:
+    """Whether `attend` is for queries [B, H, n, D]: many, on a CPU."""
+    return query.device.type == "cpu" and query.shape[2] >= FEWEST
+
+
+def attend(query: Tensor, key: Tensor, value: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
+    """Every query [B, H, n, R_k] attends every token, [B, H, T, R_k] and [B, H, T, R_v], T at least 1.
+
+    Returns (weighted mean [B, H, n, R_v], log-sum-exp [B, H, n, 1]).
+    """
+    width, own = query.shape[-1], value.shape[-1]
+    if own < width:
+        value = pad(value, (0, width - own))
+    elif own > width:
+        query, key = pad(query, (0, own - width)), pad(key, (0, own - width))
+    mean, log = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(query, key, value, scale=scaling)
+    return mean[..., :own], log.unsqueeze(-1)
