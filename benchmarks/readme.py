@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 from benchmarks.caches import OUR_SIDE, PEER_SIDE
 from benchmarks.log import read
 from benchmarks.pareto import Spread, Summary, best_at, panels, ratio, summarise
 from benchmarks.rows import Row
+from benchmarks.tables import markdown
 from kvcompress.presets import PRESETS
 from kvcompress.spec import DEFAULT_SPEC
 
@@ -31,12 +32,6 @@ SHOWN = (
 )  # fmt: skip
 PLAIN, HARD = ("embedded", 4096), ("embedded-hard", 4096)
 RATES = (2.0, 3.0, 4.0)
-
-
-def markdown(headings: Sequence[str], right: int, rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table whose last `right` columns are aligned to the right."""
-    rules = ["---"] * (len(headings) - right) + ["---:"] * right
-    return "".join(f"| {' | '.join(line)} |\n" for line in [headings, rules, *rows])
 
 
 def quality(results: Path) -> str:

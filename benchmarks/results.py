@@ -10,16 +10,13 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 from rich.table import Table
 
 import kvcompress
 
-if TYPE_CHECKING:
-    from benchmarks.rows import Row
-
-AnyRow = TypeVar("AnyRow", "Result", "Row")
+AnyRow = TypeVar("AnyRow")
 
 PACKAGES = ("torch", "transformers", "optimum-quanto", "hqq", "bitsandbytes")
 
@@ -111,7 +108,8 @@ def first_line(error: Exception) -> str:
 
 def failed(row: AnyRow, error: Exception) -> AnyRow:
     """The row of a cache that broke: the first line of its reason, and what was measured before."""
-    return replace(row, status="failed", reason=f"{type(error).__name__}: {first_line(error)}")
+    # a frozen dataclass with these two fields, which no type says
+    return replace(row, status="failed", reason=f"{type(error).__name__}: {first_line(error)}")  # type: ignore[type-var]
 
 
 def write_lines(path: Path, results: Sequence[Result], shared: dict[str, Any]) -> None:

@@ -175,7 +175,8 @@ def _chunk(tile: Tile, key: Tensor, value: Tensor, scores: Scores, before: int) 
     """The chunk's own tokens, in causal order; `before`: columns of history that precede them in the mask."""
     partial = Partial(tile.query, value.shape[-1])
     stop = min(tile.offset + tile.length, key.shape[2]) if tile.mask.causal else key.shape[2]
-    for start in range(0, stop, TILE):
+    first = _seen_by_all(partial, tile, key, value, scores, min(tile.offset, stop) if tile.mask.causal else stop)
+    for start in range(first, stop, TILE):
         part = slice(start, min(start + TILE, stop))
         tokens = torch.arange(part.start, part.stop, device=key.device)
         allowed = tile.mask.at(before + tokens.unsqueeze(0).expand(len(key), -1))
@@ -187,6 +188,23 @@ def _chunk(tile: Tile, key: Tensor, value: Tensor, scores: Scores, before: int) 
         raw = tile.query @ key[:, :, part].float().mT
         partial.add(_finish(raw, scores, allowed, tile.groups), value[:, :, part].float())
     return partial.result()
+
+
+def _seen_by_all(partial: Partial, tile: Tile, key: Tensor, value: Tensor, scores: Scores, count: int) -> int:
+    """Take in the first `count` tokens, which no causal order hides, where that can be fused: how many were."""
+    if tile.mask.tensor is not None or not _fuses(tile, scores):
+        return 0
+    rows, heads, _, width = key.shape
+    piece = max(WORKSPACE // (rows * heads * width), 1)
+    for start in range(0, count, piece):
+        part = slice(start, min(start + piece, count))
+        partial.join(*flash.attend(tile.query, key[:, :, part].float(), value[:, :, part].float(), scores.scaling))
+    return count
+
+
+def _fuses(tile: Tile, scores: Scores) -> bool:
+    """Whether tokens that all of a tile's queries see are attended without holding scores."""
+    return scores.softcap is None and flash.takes(tile.query)
 
 
 def _exact(tile: Tile, history: History, scores: Scores) -> tuple[Tensor, Tensor]:
@@ -223,7 +241,7 @@ def _codes(tiles: list[Tile], history: History, scores: Scores) -> list[tuple[Te
     partials = [Partial(tile.query, history.ranks[1]) for tile in tiles]
     pads = torch.tensor(history.pads, device=tiles[0].query.device).unsqueeze(1)
     rows, heads, queries, _ = tiles[0].query.shape
-    fuses = scores.softcap is None and flash.takes(tiles[0].query)
+    fuses = _fuses(tiles[0], scores)
     width = max(*history.ranks, FUSED_WIDTH if fuses else queries)
     for block in history.blocks(max(WORKSPACE // (rows * heads * PAGE * width), 1)):
         columns = (block.positions + pads).clamp_max(history.columns - 1)
