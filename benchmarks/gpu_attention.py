@@ -19,9 +19,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.bias import causal_lower_right
 from torch.nn.functional import scaled_dot_product_attention
 
+from benchmarks.device import release
 from benchmarks.gpu_histories import coded, lengthened
 from benchmarks.gpu_rows import Known, RefusedError, Row, Setup, SkippedError, attempt, ratio
-from benchmarks.gpu_timer import Launch, Timing, asking_time, device_time, launches, release
+from benchmarks.gpu_timer import Launch, Timing, asking_time, device_time, launches
 from kvcompress import backends
 from kvcompress.history import History
 from kvcompress.reference import Mask, Scores

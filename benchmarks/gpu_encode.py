@@ -11,10 +11,11 @@ from functools import partial
 
 import torch
 
+from benchmarks.device import release
 from benchmarks.gpu_attention import pieces
 from benchmarks.gpu_histories import empty, tokens_like
 from benchmarks.gpu_rows import Known, RefusedError, Row, Setup, attempt, ratio
-from benchmarks.gpu_timer import device_time, release
+from benchmarks.gpu_timer import device_time
 from kvcompress import backends
 from kvcompress.spec import CacheSpec
 from kvcompress.store import PAGE

@@ -6,7 +6,6 @@ On a CPU, where Triton's interpreter runs for a test's sake, each call is timed 
 
 from __future__ import annotations
 
-import gc
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -17,6 +16,8 @@ from unittest import mock
 
 import torch
 from triton.runtime.jit import KernelInterface
+
+from benchmarks.device import settle
 
 SECONDS = 0.25  # of a measurement
 FEWEST, MOST = 16, 400  # samples
@@ -45,19 +46,6 @@ class Timing:
         """Microseconds, as rows have them."""
         low, high = round(self.low * 1e6, 2), round(self.high * 1e6, 2)
         return {f"{prefix}_us": round(self.median * 1e6, 2), f"{prefix}_spread_us": [low, high]}
-
-
-def settle(device: torch.device) -> None:
-    """Wait for the device."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def release(device: torch.device) -> None:
-    """Give what nobody holds any longer back to the device."""
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
 
 
 def host_seconds(call: Call, device: torch.device) -> float:

@@ -18,6 +18,7 @@ import typer
 from transformers import Cache, DynamicCache, LlamaConfig, LlamaForCausalLM
 
 import kvcompress
+from benchmarks.device import resident
 
 
 def model() -> LlamaForCausalLM:
@@ -34,12 +35,6 @@ def model() -> LlamaForCausalLM:
         max_position_embeddings=1 << 20,
     )
     return LlamaForCausalLM(config).eval()
-
-
-def resident(what: str) -> int:
-    """VmRSS or VmHWM of this process, in bytes."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(what))
 
 
 @torch.no_grad()

@@ -69,6 +69,13 @@ def count(held: Any) -> int:
     return sum(tensor.numel() for tensor in tensors(held))
 
 
+def cache_bytes(cache: Cache) -> int:
+    """Bytes of everything that a cache holds."""
+    if isinstance(cache, CompressedCache):
+        return cache.memory().total
+    return nbytes([vars(layer) for layer in cache.layers])
+
+
 def footprint(cache: Cache, reference: Cache) -> Footprint:
     """What `cache` takes, with an uncompressed `reference` that holds the same tokens to count the elements by."""
     if isinstance(cache, CompressedCache):
@@ -81,4 +88,4 @@ def footprint(cache: Cache, reference: Cache) -> Footprint:
     elements = count(uncompressed)
     coded_elements = elements - count(exact) if coded else 0
     bits = 8 * nbytes(coded) / coded_elements if coded_elements else None
-    return Footprint(nbytes(held), nbytes(uncompressed), bits, 8 * nbytes(held) / elements)
+    return Footprint(cache_bytes(cache), nbytes(uncompressed), bits, 8 * cache_bytes(cache) / elements)

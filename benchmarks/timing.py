@@ -1,19 +1,36 @@
-"""Time of a decode step at a long context, the caches taking turns so that all see the same machine."""
+"""Time of prefill and of decode steps, the caches taking turns so that all see the same machine."""
 
 from __future__ import annotations
 
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from transformers import Cache, PreTrainedModel
 
 from benchmarks.caches import UNCOMPRESSED, Contender
+from benchmarks.device import settle
 
 #: Tokens that the model itself writes into a cache before it is filled up, and steps that nobody times.
 START, WARM_UP = 16, 2
+
+
+@dataclass(frozen=True)
+class Quartiles:
+    """Of several measurements, in their unit; all the same for a single one."""
+
+    lower: float
+    median: float
+    upper: float
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Quartiles:
+        if len(values) == 1:
+            return cls(values[0], values[0], values[0])
+        return cls(*statistics.quantiles(values, n=4, method="inclusive"))
 
 
 @torch.inference_mode()
@@ -45,15 +62,21 @@ def more_of(held: object, tokens: int, generator: torch.Generator) -> Tensor | N
 
 
 @torch.inference_mode()
-def step_seconds(model: PreTrainedModel, contender: Contender, cache: Cache) -> float:
-    """One decode step: a forward of one token, which the cache takes in."""
-    token = torch.zeros(1, 1, dtype=torch.int64, device=model.device)
+def reading(
+    model: PreTrainedModel, contender: Contender, cache: Cache, ids: Tensor, chunk: int
+) -> tuple[float, Tensor]:
+    """Seconds from handing over ids [B, N], fed `chunk` tokens at a time, until the likeliest next ones are known.
+
+    Returns these too, int64 [B, 1].
+    """
     with contender.attending(model):
+        settle(model.device)
         begun = time.perf_counter()
-        model(token, past_key_values=cache, use_cache=True, logits_to_keep=1)
-        if token.is_cuda:
-            torch.cuda.synchronize()
-        return time.perf_counter() - begun
+        for piece in ids.split(chunk, dim=1):
+            logits = model(piece, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+        likeliest: Tensor = logits.argmax(dim=-1)
+        settle(model.device)
+        return time.perf_counter() - begun, likeliest
 
 
 def decode_steps(
@@ -77,11 +100,13 @@ def decode_steps(
         except Exception as error:  # a baseline's own failure is a result to show
             failures[contender.name] = error
         advance()
+    token = torch.zeros(1, 1, dtype=torch.int64, device=model.device)
     for _ in range(WARM_UP + steps):
         for contender in contenders:
             if contender.name not in failures:
                 try:
-                    times[contender.name].append(step_seconds(model, contender, caches[contender.name]))
+                    seconds, _ = reading(model, contender, caches[contender.name], token, 1)
+                    times[contender.name].append(seconds)
                 except Exception as error:
                     failures[contender.name] = error
         advance()

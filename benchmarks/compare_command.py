@@ -1,0 +1,35 @@
+"""``python -m benchmarks compare OLD NEW``."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from benchmarks.comparison import as_text, compare
+from benchmarks.measurements import read
+
+
+def command(
+    old: Annotated[Path, typer.Argument(help="file of results, or folder: all .jsonl files below it")],
+    new: Annotated[Path, typer.Argument(help="what to hold against it")],
+    tolerance: Annotated[float, typer.Option(help="factor on every bound of noise")] = 1.0,
+    times: Annotated[bool, typer.Option(help="compare times of the machine too, not only ratios of one run")] = True,
+    as_json: Annotated[bool, typer.Option("--json", help="one JSON object")] = False,
+) -> None:
+    """What got worse, better, appeared and vanished from OLD to NEW, beyond noise; results of any benchmark.
+
+    Exit status 1: something got worse.
+    """
+    try:
+        found = compare(read(old), read(new), tolerance, times)
+    except (ValueError, OSError) as error:
+        Console(stderr=True).print(f"Error: {error}", style="red", markup=False, soft_wrap=True)
+        raise typer.Exit(2) from error
+    print(json.dumps(asdict(found)) if as_json else "\n".join(as_text(found)))
+    if found.worse:
+        raise typer.Exit(1)
