@@ -37,7 +37,7 @@ def _listed(setup: Setup) -> Iterator[tuple[str, float, Work]]:
         yield f"encode {spec}", 25, partial(gpu_encode.encode, setup, spec)
     yield "prefill", 30, _ignoring(partial(gpu_attention.prefill, setup, 4 * KIB, 32 * KIB, (*MAIN, DEFAULT_SPEC)))
     model = partial(gpu_model.decode_model, setup, (128 * KIB, 4 * KIB), ("trellis3", DEFAULT_SPEC, "spectral3"))
-    yield "model", 60, model
+    yield "model", 80, model
     yield "tune trellis3", 50, partial(gpu_attention.tune, setup, "trellis3", 128 * KIB)
     yield "tune spectral3", 50, partial(gpu_attention.tune, setup, "spectral3", 128 * KIB)
     yield _decode(setup, 1, 128 * KIB, MORE, "more ")

@@ -1,7 +1,8 @@
 """Decoding end to end: steps of a randomly initialised model of 8 billion parameters over a made-up history.
 
 `step_us` is a step as it is, `host_us` what the host takes to ask for it, and, of a profile, `busy_us` what the device
-works on it: a CUDA graph would take little more. The slowest of the steps codes a page in every layer, due once in 64.
+works on it: a CUDA graph takes little more. The slowest of the steps codes a page in every layer, due once in 64.
+"SPEC static" is the same on fixed tensors (`kvcompress.static_model`), `graphed` where a CUDA graph replays the steps.
 Against transformers' DynamicCache, which copies itself at every step, and one that does not, attended in place.
 """
 
@@ -18,20 +19,23 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, Cache, DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
+from benchmarks.device import release, settle
 from benchmarks.gpu_attention import ROOM
 from benchmarks.gpu_histories import coded, fill, llama
 from benchmarks.gpu_rows import Known, Row, Setup, SkippedError, attempt, ratio
-from benchmarks.gpu_timer import Timing, release, settle
+from benchmarks.gpu_timer import Timing
 from kvcompress import CompressedCache
 from kvcompress.attention import NAME
 from kvcompress.layer import CompressedLayer
 from kvcompress.memory import storage_bytes
+from kvcompress.static_model import StaticModel
 from kvcompress.store import PAGE
 
 STEPS = PAGE  # so that every layer codes a page once; as many before, which nobody times, so that this is compiled
 SPARE = 4 * PAGE  # tokens that there must be room for: those steps, and some that are profiled
 PROFILED = 3  # steps
 TOP = 12  # kernels that a profile names
+STATIC = " static"  # ends the names of rows of static decoding
 
 
 class InPlace(DynamicLayer):
@@ -82,19 +86,22 @@ def decode_model(setup: Setup, contexts: tuple[int, ...], specs: tuple[str, ...]
         makers: dict[str, Callable[[], Cache]] = {
             spec: partial(_compressed, model, setup, spec, tokens) for spec in specs
         }
+        makers |= {f"{spec}{STATIC}": makers[spec] for spec in specs}
         makers |= {"DynamicCache": partial(_dynamic, model, setup, tokens)}
         makers |= {"in place": partial(_in_place, model, setup, tokens)}
         times: dict[str, float] = {}
         for name, maker in makers.items():
             release(setup.device)
-            row = attempt({**about, "name": name, "tokens": tokens}, partial(_steps, model, setup, maker))
+            row = attempt(
+                {**about, "name": name, "tokens": tokens}, partial(_steps, model, setup, maker, name.endswith(STATIC))
+            )
             if row["status"] == "ok":
                 times[name] = row["step_us"]
                 known[f"step {name} {tokens}"] = row["step_us"]
             yield row
         against = {
-            f"{spec} to {other}": ratio(times.get(other), times.get(spec))
-            for spec in specs for other in ("DynamicCache", "in place")
+            f"{name} to {other}": ratio(times.get(other), times.get(name))
+            for spec in specs for name in (spec, f"{spec}{STATIC}") for other in ("DynamicCache", "in place")
         }  # fmt: skip
         yield {**about, "name": "ratios", "tokens": tokens, "status": "ok", "seconds": 0.0, "ratios": against}
 
@@ -148,11 +155,17 @@ def _check_room(model: PreTrainedModel, setup: Setup, tokens: int) -> None:
 
 
 @torch.inference_mode()
-def _steps(model: PreTrainedModel, setup: Setup, maker: Callable[[], Cache]) -> Row:
+def _steps(model: PreTrainedModel, setup: Setup, maker: Callable[[], Cache], static: bool) -> Row:
     cache = maker()
+    fixed = None
+    if static:
+        assert isinstance(cache, CompressedCache)
+        fixed = StaticModel(model, cache, cache.get_seq_length() + SPARE)
     token = torch.zeros(1, 1, dtype=torch.int64, device=setup.device)
 
     def step() -> Tensor:
+        if fixed is not None:
+            return fixed.step(token)
         logits: Tensor = model(token, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
         return logits
 
@@ -173,6 +186,8 @@ def _steps(model: PreTrainedModel, setup: Setup, maker: Callable[[], Cache]) -> 
     row |= {"tokens_per_second": round(1 / mean, 2)}
     if isinstance(cache, CompressedCache):
         row |= {"stats": cache.stats(), "cache_bytes": cache.memory().total}
+    if fixed is not None:
+        row |= {"graphed": fixed.graphed}
     return row | {"profile": attempt({}, partial(_profile, step, setup.device))}
 
 

@@ -25,10 +25,12 @@ from . import dense as _dense
 from . import encode_side as _encode_side
 from . import merge as _merge
 from . import pages as _pages
+from . import restored as _restored
 from .absorb import Absorbed, Frames, tile_rows
 from .device import describe
 from .layout import BandLayout, LevelTable, TrellisTable
 from .pages import Table
+from .rebuilding import Rebuilding, page_angles
 from .segments import UNIT, Plan
 
 NAMESPACE = "kvcompress"
@@ -163,6 +165,34 @@ def _launch_attend_pages(
     )
 
 
+def _fake_attend_rebuilt(
+    query: Tensor, first: Tensor, second: Tensor, mean: Tensor | None, order: Tensor, frequencies: Tensor,
+    amplitudes: Tensor, frame: str, cosines: Tensor, sines: Tensor, addresses: Tensor, starts: Tensor, fills: Tensor,
+    counts: Tensor, most: int, keys: str, values: str, gains_of_bytes: Tensor, scaling: float, softcap: float | None,
+    mask: Tensor | None, pads: Tensor | None, splits: int,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    return _partial(query, first.shape[1], splits, _rows(query, first.shape[1]), plan_of(values).rank)
+
+
+@_op(_fake_attend_rebuilt)
+def _launch_attend_rebuilt(
+    query: Tensor, first: Tensor, second: Tensor, mean: Tensor | None, order: Tensor, frequencies: Tensor,
+    amplitudes: Tensor, frame: str, cosines: Tensor, sines: Tensor, addresses: Tensor, starts: Tensor, fills: Tensor,
+    counts: Tensor, most: int, keys: str, values: str, gains_of_bytes: Tensor, scaling: float, softcap: float | None,
+    mask: Tensor | None, pads: Tensor | None, splits: int,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    seen = None
+    if mask is not None:
+        assert pads is not None
+        seen = mask, pads
+    rebuilding = Rebuilding(first, second, mean, order, frequencies, amplitudes, frame)
+    table = Table(addresses, starts, fills, counts, most)
+    return _restored.attend_restored(
+        query, rebuilding, page_angles(rebuilding, table), (cosines, sines), table, plan_of(keys), plan_of(values),
+        gains_of_bytes, scaling, softcap, seen, splits,
+    )  # fmt: skip
+
+
 def _fake_attend_dense(
     query: Tensor, key: Tensor, value: Tensor, scaling: float, softcap: float | None, first: Tensor | None,
     last: Tensor | None, mask: Tensor | None, column: Tensor | None, causal: bool, splits: int,
@@ -240,6 +270,19 @@ def attend_pages(
         absorbed.queries, absorbed.scale, absorbed.bias, absorbed.offsets, absorbed.per_page,
         table.addresses, table.starts, table.fills, table.counts, keys, values, gains_of_bytes, softcap,
         seen, pads, splits,
+    )  # fmt: skip
+
+
+def attend_rebuilt(
+    query: Tensor, rebuilding: Rebuilding, steps: tuple[Tensor, Tensor], table: Table, keys: str, values: str,
+    gains_of_bytes: Tensor, scaling: float, softcap: float | None, mask: tuple[Tensor, Tensor] | None, splits: int,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """As `restored.attend_restored`, with the angles of the table's pages; keys, values: texts of plans."""
+    seen, pads = (None, None) if mask is None else mask
+    return _launch_attend_rebuilt(
+        query, rebuilding.first, rebuilding.second, rebuilding.mean, rebuilding.order, rebuilding.frequencies,
+        rebuilding.amplitudes, rebuilding.frame, *steps, table.addresses, table.starts, table.fills, table.counts,
+        table.most, keys, values, gains_of_bytes, scaling, softcap, seen, pads, splits,
     )  # fmt: skip
 
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
@@ -20,6 +21,20 @@ from kvcompress.spec import DEFAULT_SPEC, CacheSpec, LayerSpec
 
 if TYPE_CHECKING:
     from typing_extensions import Self
+
+
+logger = logging.getLogger(__name__)
+_said: set[str] = set()  # reasons
+
+
+class Borrower(Protocol):
+    """What decodes with a cache's histories in its own way (kvcompress/static_model.py)."""
+
+    def settle(self) -> None:
+        """Let the histories take in all tokens."""
+
+    def memory(self) -> MemoryReport:
+        """Bytes held beside the histories."""
 
 
 class CompressedCache(Cache):
@@ -39,6 +54,7 @@ class CompressedCache(Cache):
     def _build(self, config: PreTrainedConfig, spec: CacheSpec, known: dict[int, Basis]) -> None:
         """Make the layers. known: what was learned before, by layer."""
         self.spec, self._config = spec, config
+        self.borrower: Borrower | None = None
         layers: list[Any] = list(DynamicCache(config=config).layers)
         layers = layers or [DynamicLayer() for _ in range(config.num_hidden_layers)]
         shared = Shared(config, spec, len(layers))
@@ -67,6 +83,8 @@ class CompressedCache(Cache):
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
         """See `CompressedLayer.update`. On an error every attention layer is as it was before this forward pass."""
+        if self.borrower is not None:
+            self.lend(None)
         if layer_idx >= len(self.layers):
             self._transaction.undo()
             raise ValueError(f"this cache was made for {len(self.layers)} layers, got layer {layer_idx}")
@@ -80,6 +98,27 @@ class CompressedCache(Cache):
         if layer_idx == len(self.layers) - 1 and not isinstance(layer, CompressedLayer):
             self._transaction.close()
         return result
+
+    def lend(self, borrower: Borrower | None) -> None:
+        """Let `borrower` decode from here on, until the cache is changed otherwise; None: end that."""
+        self._settle()
+        self._transaction.close()
+        self.borrower = borrower
+
+    def _settle(self) -> None:
+        if self.borrower is not None:
+            self.borrower.settle()
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Tokens of every row, padding included."""
+        self._settle()
+        return int(super().get_seq_length(layer_idx))
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+        """(tokens that a mask for `query_length` more covers, the first of them)."""
+        self._settle()
+        sizes: tuple[int, int] = super().get_mask_sizes(query_length, layer_idx)
+        return sizes
 
     def rollback(self) -> None:
         """Undo a forward pass that an error outside the cache broke off.
@@ -115,7 +154,7 @@ class CompressedCache(Cache):
 
     def _all_or_none(self, change: Callable[..., None], *args: Any) -> None:
         """Change every layer, or, where one of them raises, none."""
-        self._transaction.close()
+        self.lend(None)
         for index, layer in enumerate(self.layers):
             self._transaction.enter(index, layer)
         try:
@@ -133,6 +172,7 @@ class CompressedCache(Cache):
         on the device. Raises ValueError, writing nothing, in the middle of a forward pass and where transformers holds
         a layer in a way that is not known; OSError or SafetensorError where the file cannot be written.
         """
+        self._settle()
         persist.save(path, self._config, self.spec, self.layers)
 
     @classmethod
@@ -155,15 +195,31 @@ class CompressedCache(Cache):
 
         Linear-attention states, which do not grow, are left out.
         """
-        return sum((_layer_memory(layer) for layer in self.layers), MemoryReport.nothing())
+        self._settle()
+        beside = MemoryReport.nothing() if self.borrower is None else self.borrower.memory()
+        return sum((_layer_memory(layer) for layer in self.layers), beside)
 
     def stats(self) -> dict[str, int]:
         """fused: attention calls on codes; materialised: times a layer's keys or values were decoded as a whole.
 
-        Then `refused: REASON` for the calls that the kernels, where they were due, left to the torch reference.
+        static: decode steps on fixed tensors, where there were any. Then `refused: REASON` for the calls that the
+        kernels, where they were due, left to the torch reference, and for decoding that was to be static and was not.
         """
+        static = ("static",) if self._counts["static"] else ()
         refusals = sorted(name for name in self._counts if name.startswith("refused: "))
-        return {name: self._counts[name] for name in ("fused", "materialised", *refusals)}
+        return {name: self._counts[name] for name in ("fused", "materialised", *static, *refusals)}
+
+    def count_step(self) -> None:
+        """Count a decode step that a borrower took through all layers."""
+        self._counts["fused"] += len(self.layers)
+        self._counts["static"] += 1
+
+    def refuse_static(self, reason: str) -> None:
+        """Count why decoding is not static, or without a graph, and log the first time that it is for this reason."""
+        self._counts[f"refused: static decoding: {reason}"] += 1
+        if reason not in _said:
+            _said.add(reason)
+            logger.warning("static decoding was asked for and is not done: %s", reason)
 
 
 def _layer_memory(layer: Any) -> MemoryReport:

@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 from tqdm import tqdm
 from transformers import DynamicCache, GenerationMixin, PreTrainedConfig, PreTrainedModel
 
+from kvcompress import static_generation
 from kvcompress.attention import NAME
 from kvcompress.cache import CompressedCache
 from kvcompress.spec import DEFAULT_SPEC, CacheSpec
@@ -33,6 +34,7 @@ class _Wrapped:
     spec: CacheSpec
     prefill_chunk: int
     attention: str
+    static: bool
 
 
 @dataclass
@@ -46,13 +48,19 @@ class _Switch:
 _switches: dict[int, _Switch] = {}  # by the id of a living config
 
 
-def wrap(model: Model, spec: CacheSpec | str = DEFAULT_SPEC, prefill_chunk: int = 4096) -> Model:
+def wrap(model: Model, spec: CacheSpec | str = DEFAULT_SPEC, prefill_chunk: int = 4096, static: bool = False) -> Model:
     """Make `model.generate` use a `CompressedCache`; returns the same model.
 
     A call that brings its own cache, or asks for one (`cache_implementation`, `use_cache=False`), is left as it is.
     Prompts longer than `prefill_chunk` tokens are prefilled in chunks of that many. Wrapping again changes the
     settings. The model's attention is switched to "kvcompress" (models that share its config object included, for which
     it computes the same as before); a model that cannot be switched keeps its own and works on decoded copies.
+
+    static: decode on fixed tensors, with room made for all tokens that may come, so that on a GPU a CUDA graph replays
+    the steps (`kvcompress.static_model`). It takes greedy search and sampling, left padding included, of models whose
+    layers all have full attention, on one device, with a cache made here or a CompressedCache that the call brings;
+    anything else is generated as without it, which is logged once and counted in `cache.stats()`. Steps are static as
+    soon as a page is closed. The cache that is returned goes on as any other.
 
     Raises TypeError for what is no generating model, ValueError for a bad spec or chunk or a model without full
     attention.
@@ -69,9 +77,9 @@ def wrap(model: Model, spec: CacheSpec | str = DEFAULT_SPEC, prefill_chunk: int 
         attention = getattr(model, _STATE).attention
     else:
         attention = _switch_attention(model)
-        model._prepare_cache_for_generation = types.MethodType(_prepare_cache, model)
-        model._prefill = types.MethodType(_prefill, model)
-    setattr(model, _STATE, _Wrapped(spec, prefill_chunk, attention))
+        for name, function in _METHODS.items():
+            setattr(model, name, types.MethodType(function, model))
+    setattr(model, _STATE, _Wrapped(spec, prefill_chunk, attention, static))
     return model
 
 
@@ -79,7 +87,7 @@ def unwrap(model: Model) -> Model:
     """Undo `wrap`; a model that is not wrapped is returned as it is."""
     if _STATE in vars(model):
         attention = getattr(model, _STATE).attention
-        for name in (_STATE, "_prepare_cache_for_generation", "_prefill"):
+        for name in (_STATE, *_METHODS):
             delattr(model, name)
         _switch_back(model, attention)
     return model
@@ -116,16 +124,21 @@ def _switch_back(model: PreTrainedModel, attention: str) -> None:
         model.set_attn_implementation(attention)
 
 
-def _prepare_cache(model: Any, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+def _prepare_cache(
+    model: Any, generation_config: Any, model_kwargs: dict[str, Any], generation_mode: Any, *args: Any
+) -> Any:
     """transformers' own preparation, and a compressed cache in the place of the dynamic one that it made."""
     given = model_kwargs.get("past_key_values")
-    result = type(model)._prepare_cache_for_generation(model, generation_config, model_kwargs, *args, **kwargs)
+    result = type(model)._prepare_cache_for_generation(model, generation_config, model_kwargs, generation_mode, *args)
     made = model_kwargs.get("past_key_values")
     if given is None and type(made) is DynamicCache and generation_config.cache_implementation != "offloaded":
         cache = CompressedCache(model.config, getattr(model, _STATE).spec)
         if generation_config.is_assistant:
             cache.activate_past_recording()
         model_kwargs["past_key_values"] = cache
+    used = model_kwargs.get("past_key_values")
+    if getattr(model, _STATE).static and isinstance(used, CompressedCache):
+        static_generation.prepare(model, generation_config, generation_mode, used)
     return result
 
 
@@ -144,7 +157,11 @@ def _prefill(
         generation_config = copy.copy(generation_config)
         generation_config.prefill_chunk_size = chunk
     with _progress(model, new if not whole and new >= PROGRESS_TOKENS else None):
-        return type(model)._prefill(model, input_ids, generation_config, model_kwargs, *args, **kwargs)
+        outputs = type(model)._prefill(model, input_ids, generation_config, model_kwargs, *args, **kwargs)
+    session = static_generation.session_of(generation_config)
+    if session is not None:
+        session.begin(generation_config.max_length - input_ids.shape[1])
+    return outputs
 
 
 @contextmanager
@@ -163,3 +180,13 @@ def _progress(model: Any, tokens: int | None) -> Iterator[None]:
             yield
         finally:
             hook.remove()
+
+
+#: What of a model is replaced while it is wrapped.
+_METHODS = {
+    "_prepare_cache_for_generation": _prepare_cache,
+    "_prefill": _prefill,
+    "_valid_auto_compile_criteria": static_generation.valid_auto_compile_criteria,
+    "get_compiled_call": static_generation.get_compiled_call,
+    "_optimize_model_for_decode": static_generation.optimize_model_for_decode,
+}

@@ -6,23 +6,31 @@ steps since to the `History`, which closes pages by its own rule, and brings the
 written to a slab that is made beforehand, and those that the history had already are read where they lie.
 
 In each row the exact tokens lie side by side from slot 0 on, `sinks | recent`; `stored` counts them, on the device, so
-a new token goes to slot `stored`. Taking one off `stored` undoes a step that `settle` has not been told of.
+a new token goes to slot `stored`. Taking one off `stored` undoes a step that `settle` has not been told of. A whole
+model's step is `kvcompress.static_model`.
 """
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 import torch
 import triton
 from torch import Tensor
 
 from kvcompress.codecs import SIDES
-from kvcompress.fused import Triton, gains, operands_of, over_pages
+from kvcompress.fused import Triton, gains, operands_of, over_codes
 from kvcompress.history import History
 from kvcompress.kernels.ops import attend_dense, dense_splits, merge, page_splits
 from kvcompress.kernels.pages import Table
+from kvcompress.memory import MemoryReport, storage_bytes
 from kvcompress.record import RecordLayout
 from kvcompress.reference import Mask, Scores
 from kvcompress.store import PAGE, PagePool
+
+
+class StaticRefusalError(ValueError):
+    """What static decoding does not take, and ordinary decoding may."""
 
 
 class ReservedPool(PagePool):
@@ -48,14 +56,21 @@ class ReservedPool(PagePool):
         super().collect(torch.cat([table.flatten(), torch.tensor([self._spare], dtype=table.dtype)]))
 
 
+def reserved(pool: PagePool, table: Tensor, pages: int) -> PagePool:
+    """The pool, or one that takes it over, with free places for `pages` pages beside those that `table` names."""
+    pool.collect(table)
+    lacking = pages - pool.free
+    return ReservedPool(pool, lacking) if lacking > 0 else pool
+
+
 class StaticDecode:
     """See the module. It takes `history` over after prefill, which is whole again after every `settle`.
 
     capacity: real tokens that a row may come to have, those held counted. groups: query heads of a KV head. The number
     of splits follows from the capacity alone.
 
-    Raises ValueError where a row is longer than the capacity, a row waits to be fitted, no page is closed yet, or the
-    kernels cannot attend the history, with their reason.
+    Raises ValueError where a row is longer than the capacity, and StaticRefusalError, which is one, where a row waits
+    to be fitted, no page is closed yet, or the kernels cannot attend the history, with their reason.
     """
 
     def __init__(self, history: History, capacity: int, groups: int):
@@ -67,7 +82,7 @@ class StaticDecode:
         before, most = history.addresses().held, capacity - history.sinks - history.window
         fresh = [max(most - coded, 0) // PAGE for coded in history.coded]
         pages = max(old + new for old, new in zip(before, fresh, strict=True))
-        history.pool = ReservedPool(history.pool, sum(fresh))
+        history.pool = reserved(history.pool, history.table.ids, sum(fresh))
         slots = history.sinks + history.window + 2 * PAGE
         self._splits = (
             dense_splits(rows, heads, groups, slots, key.device),
@@ -80,6 +95,8 @@ class StaticDecode:
             addresses = torch.zeros(rows, pages, dtype=torch.int64, device=key.device)
             starts, fills = (torch.zeros_like(addresses, dtype=torch.int32) for _ in range(2))
             self._operands, self._gains = operands_of(history, key.device), gains(key.device)
+            if self._operands.planes is not None and self._operands.frame == "token":
+                _ = self._operands.rebuilding, self._operands.steps  # made here, so that no step makes them
         self.table = Table(addresses, starts, fills, counts, pages)
         self._held = (0,) * rows  # pages of each row that the table knows
         self._load()
@@ -90,7 +107,7 @@ class StaticDecode:
         exact = attend_dense(
             query, *self.exact, scores.scaling, scores.softcap, last=self.stored, splits=self._splits[0]
         )
-        codes = over_pages(query, self._operands, self.table, self._gains, scores, None, self._splits[1])
+        codes = over_codes(query, self._operands, self.table, self._gains, scores, None, self._splits[1])
         out, _ = merge([exact, codes], scores.sinks, query.dtype)
         return out.flatten(1, 2).unsqueeze(1)
 
@@ -114,6 +131,20 @@ class StaticDecode:
         """Steps that may follow the last `settle`: PAGE or more until the capacity is near."""
         slots = self.exact[0].shape[2]
         return min(min(slots - held for held in self._stored()), self.capacity - max(self.history.lengths))
+
+    @property
+    def due(self) -> int:
+        """Steps after the last `settle` until a row's page is due, which a `History` would close at once."""
+        return min(self.history.window + PAGE - held for held in self.history.held)
+
+    def rewind(self, steps: int) -> None:
+        """Undo what came after the first `steps` steps since the last `settle`."""
+        self.stored.copy_(torch.tensor(self._stored()) + steps)
+
+    def memory(self) -> MemoryReport:
+        """Bytes held beside the history: room for exact tokens, and the tables; that for pages is in its pool."""
+        tables = self.table.addresses, self.table.starts, self.table.fills, self.table.counts, self.stored
+        return replace(MemoryReport.nothing(), exact=storage_bytes(self.exact), tables=storage_bytes(tables))
 
     def settle(self, steps: int) -> None:
         """Take in the tokens of the `steps` steps since the last call; close pages that are due.
@@ -157,28 +188,38 @@ class StaticDecode:
         self._held = table.held
 
 
-def _check(history: History, capacity: int, groups: int) -> None:
-    """Raises ValueError for what `StaticDecode` does not take."""
+def waiting(history: History) -> str | None:
+    """Why a history does not decode statically yet; None once codecs are fitted and a page is closed."""
     if not history.lengths:
-        raise ValueError("static decoding starts after the prefill, got a history without tokens")
-    if capacity < max(history.lengths):
-        raise ValueError(f"the capacity must be at least the {max(history.lengths)} tokens held, got {capacity}")
+        return "static decoding starts after the prefill, got a history without tokens"
     enough = history.sinks + history.fit_tokens if history.fit_tokens else 0  # a row may have been cropped to fewer
     rows = zip(history.fit_of, history.lengths, strict=True)
-    waiting = [row for row, (place, length) in enumerate(rows) if place < 0 or length < enough]
-    if waiting or not any(history.coded):
-        raise ValueError(
-            f"static decoding starts once codecs are fitted and a page is closed, after "
-            f"{history.sinks + max(history.window + PAGE, history.fit_tokens)} tokens; "
-            f"rows hold {history.lengths}, rows {waiting} wait to be fitted"
-        )
+    unfitted = [row for row, (place, length) in enumerate(rows) if place < 0 or length < enough]
+    if not unfitted and any(history.coded):
+        return None
+    return (
+        f"static decoding starts once codecs are fitted and a page is closed, after "
+        f"{history.sinks + max(history.window + PAGE, history.fit_tokens)} tokens; "
+        f"rows hold {history.lengths}, rows {unfitted} wait to be fitted"
+    )
+
+
+def refusal(history: History, groups: int) -> str | None:
+    """What of a history that is not `waiting` the kernels refuse; None where they take it all."""
     key = history.recent[0]
     backend, mask = Triton(), Mask(None, causal=True)
     query = key.new_empty(key.shape[0], key.shape[1] * groups, 1, key.shape[3])
     reason = backend.unavailable(key.device) or backend.rejects(query, history, mask, Scores(1.0))
-    if reason is None and history.rotation is not None and history.codecs[0].frame == "token":
-        reason = "keys before their rotary position embedding"
     if reason is None and triton.knobs.runtime.interpret and key.dtype == torch.bfloat16:
         reason = "bfloat16 in Triton's interpreter"
+    return None if reason is None else f"static decoding needs the kernels, which refuse {reason}"
+
+
+def _check(history: History, capacity: int, groups: int) -> None:
+    """Raises ValueError for what `StaticDecode` does not take."""
+    reason = waiting(history)
+    if reason is None and capacity < max(history.lengths):
+        raise ValueError(f"the capacity must be at least the {max(history.lengths)} tokens held, got {capacity}")
+    reason = reason or refusal(history, groups)
     if reason is not None:
-        raise ValueError(f"static decoding needs the kernels, which refuse {reason}")
+        raise StaticRefusalError(reason)

@@ -82,6 +82,11 @@ class PagePool:
         self.slabs = [slab if keep else slab.new_empty(0, slab.shape[1]) for slab, keep in kept]
         self._free = (~used & alive[self._slab_of]).nonzero().flatten().tolist()
 
+    @property
+    def free(self) -> int:
+        """Pages that the next writes take first, as of the last `collect`."""
+        return len(self._free)
+
     def parts(self) -> Iterator[tuple[str, Tensor]]:
         """All (name, part [n, H, ...]) of slabs that hold pages, views of these."""
         for slab in self.slabs:

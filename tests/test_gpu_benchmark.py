@@ -71,7 +71,13 @@ def test_dry_run(tmp_path: Path) -> None:
     assert step["stats"]["fused"] >= 2  # one layer; a step to look at, one to time
     assert not [name for name in step["stats"] if name.startswith("refused")]
     assert step["profile"]["status"] == "ok"
-    assert by_name["model", "ratios"]["ratios"].keys() == {"trellis2 to DynamicCache", "trellis2 to in place"}
+    static = by_name["model", "trellis2 static"]
+    assert static["stats"]["static"] >= 2  # a step to look at, one to time
+    assert not static["graphed"]  # on a CPU
+    assert static["cache_bytes"] > step["cache_bytes"]  # room for what may come
+    assert by_name["model", "ratios"]["ratios"].keys() == {
+        f"{name} to {other}" for name in ("trellis2", "trellis2 static") for other in ("DynamicCache", "in place")
+    }
 
 
 @pytest.mark.slow

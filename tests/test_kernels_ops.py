@@ -31,7 +31,7 @@ B, H, G, D, PAGE = 1, 2, 3, 16, 64
 LEVELS = LevelTable((-1.5, -0.5, 0.5, 1.5), (-1.0, 0.0, 1.0), (0, 1, 2, 3), 1.0, 1.5)
 BAND = BandLayout(0, D, "lloyd", 2, codes=0, scale=H * D * PAGE // 4, table=LEVELS)
 PAGE_BYTES = BAND.scale + H * PAGE * 2
-BANDS, PLAN = ops.text_of_bands((BAND,)), ops.text_of_plan(plan((BAND,)))
+BANDS, PLAN = ops.text_of_bands((BAND,)), ops.text_of_plan(plan((BAND,), 0))
 
 
 def random(*shape: int, seed: int = 0) -> Tensor:
@@ -47,6 +47,8 @@ RECORDS = torch.zeros(B, PAGE_BYTES, dtype=torch.uint8)  # a page of zeros
 TABLE = (torch.tensor([[RECORDS.data_ptr()]]), ints([4]), ints([63]), ints(1))
 MATRIX, MEAN = random(1, H, D, D, seed=4), random(B, H, D, seed=5)
 PLANES = (torch.arange(D, dtype=torch.int32), random(D // 2, seed=6), torch.ones(D // 2))
+HALVES = MATRIX[..., : D // 2].half().contiguous(), MATRIX[..., D // 2 :].half().contiguous()
+STEPS = torch.ones(PAGE, D // 2), torch.zeros(PAGE, D // 2)
 ABSORBED = (
     random(B, H, 1, G, D).half(),
     torch.ones(B, H, 1, 1),
@@ -60,6 +62,10 @@ CALLS: dict[str, tuple[Any, ...]] = {
     "absorb": (QUERY, MATRIX, MEAN, PLAN, 0.25, None, None, 1, 0, None, None, None),
     "absorb.turned": (QUERY, MATRIX, None, PLAN, 0.25, TABLE[1], TABLE[3], 1, 32, *PLANES),
     "attend_pages": (*ABSORBED, False, *TABLE, PLAN, PLAN, torch.ones(256), None, None, None, 1),
+    "attend_rebuilt": (
+        QUERY, *HALVES, MEAN, *PLANES, "token", *STEPS, *TABLE, 1, PLAN, PLAN, torch.ones(256), 0.25, None, None, None,
+        1,
+    ),
     "attend_dense": (QUERY, KEY, VALUE, 0.25, None, None, ints(3), None, None, False, 2),
     "attend_dense.masked": (QUERY, KEY, VALUE, 0.25, 30.0, ints(1), None, KEY[:, 0, :, 0] > 0, None, True, 1),
     "attend_chunk": (KEY.repeat(1, G, 1, 1), KEY, VALUE, 0.25, None, None),
@@ -110,7 +116,7 @@ def test_texts_give_plans_and_bands_back() -> None:
         BandLayout(0, 8, "affine_token", 5),
     )
     assert ops.bands_of_text(ops.text_of_bands(bands)) == bands
-    made = plan(bands[:2])
+    made = plan(bands[:2], 0)
     assert ops.plan_of(ops.text_of_plan(made)) == made
 
 

@@ -126,6 +126,20 @@ def test_queries_turn_with_pages() -> None:
 
 
 @interpreted
+@torch.no_grad()
+def test_keys_are_rebuilt_where_queries_cannot_turn_with_them() -> None:
+    """`prerope` codes every key without its rotary embedding; the step is one graph all the same."""
+    spec = "prerope+trellis3"
+    history, decode = prefilled([140], spec), StaticDecode(prefilled([140], spec), 300, G)
+    query, key, value = token(0, 1)
+    found = decode.step(query, key, value, SCORES)
+    assert_close(found, attended(history, query, key, value))
+    decode.rewind(0)
+    compiled = torch.compile(decode.step, backend="aot_eager", fullgraph=True, dynamic=False)
+    assert torch.equal(compiled(query, key, value, SCORES), found)
+
+
+@interpreted
 def test_a_row_may_have_no_pages_and_few_tokens() -> None:
     """With a fit that was learned before, a row of two tokens has no page and fills its sinks first."""
     like = prefilled([140])
@@ -179,8 +193,8 @@ def test_what_it_does_not_take() -> None:
         StaticDecode(prefilled([140, 100]), 300, G)
     with pytest.raises(ValueError, match="capacity must be at least the 140 tokens held, got 139"):
         StaticDecode(prefilled([140]), 139, G)
-    with pytest.raises(ValueError, match="refuse affine_channel codes of 2 bits"):
-        StaticDecode(prefilled([140], "kivi2"), 300, G)
+    with pytest.raises(ValueError, match="refuse lloyd codes of 8 bits"):
+        StaticDecode(prefilled([140], "lloyd8"), 300, G)
     decode = StaticDecode(prefilled([140]), 150, G)
     _, key, value = token(0, 1)
     with pytest.raises(ValueError, match=r"one token's key \(1, 1, 1, 64\) in torch.float32, got \(1, 1, 2, 64\)"):
