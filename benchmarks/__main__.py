@@ -8,12 +8,24 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from benchmarks import frontier
+from benchmarks import (
+    compare_command,
+    frontier,
+    guard_command,
+    latency_command,
+    lmeval_command,
+    memory_command,
+    million_command,
+    report_command,
+    retrieval_command,
+    scaling_command,
+)
 from benchmarks import gpu as gpu_job
 from benchmarks import quick as quick_job
 from benchmarks import static as static_job
 from benchmarks.caches import SPECS
 from benchmarks.frontier_subjects import SUBJECTS
+from benchmarks.options import whole_numbers
 from benchmarks.quick import Settings
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
@@ -172,11 +184,15 @@ def gpu(
         raise typer.Exit(1)
 
 
-def whole_numbers(text: str, what: str) -> tuple[int, ...]:
-    """The numbers of an option; raises ValueError where it holds anything else."""
-    if not all(word.isdecimal() for word in text.split()):
-        raise ValueError(f"{what} must be whole numbers with spaces between, got {text!r}")
-    return tuple(map(int, text.split()))
+app.command("compare")(compare_command.command)
+app.command("guard")(guard_command.command)
+app.command("latency")(latency_command.command)
+app.command("lmeval")(lmeval_command.command)
+app.command("memory")(memory_command.command)
+app.command("million")(million_command.command)
+app.command("report")(report_command.command)
+app.command("retrieval")(retrieval_command.command)
+app.command("scaling")(scaling_command.command)
 
 
 if __name__ == "__main__":

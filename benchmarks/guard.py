@@ -18,8 +18,8 @@ from benchmarks import quick
 from benchmarks.comparison import Comparison, compare
 from benchmarks.measurements import read
 
-#: Where text.txt, sentences drawn at random from the words of benchmarks/recall.py, and results.jsonl lie, seen from the
-#: repository's root, as the paths of all results are.
+#: Where text.txt, sentences drawn at random from the words of benchmarks/recall.py, and results.jsonl lie, seen from
+#: the repository's root, as the paths of all results are.
 FOLDER = Path("benchmarks/results/guard")
 
 #: The small job. A single thread: the fewer, the less a shared machine disturbs the ratios of times.

@@ -9,13 +9,14 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from benchmarks.caches import Contender
-from benchmarks.quality import Advance, predict
+from benchmarks.quality import Advance, Predictions, predict
 from benchmarks.recall import Fact, draw_facts
 from benchmarks.texts import Text, encode
 
@@ -33,9 +34,31 @@ class Document:
         return torch.tensor([place - 1 for answer in self.answers for place in answer])
 
 
-def question_and_answer(tokenizer: PreTrainedTokenizerBase, fact: Fact) -> tuple[Tensor, Tensor]:
+class Answerable(Protocol):
+    """The text of a question, and the answer that a model goes on with."""
+
+    @property
+    def question(self) -> str: ...
+
+    @property
+    def answer(self) -> str: ...
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A question at the end of a document, its answer, and the text that closes it.
+
+    A list of answers is several of these: the question of a further one is what stands between it and the one before.
+    """
+
+    question: str
+    answer: str
+    end: str = ".\n"
+
+
+def question_and_answer(tokenizer: PreTrainedTokenizerBase, asked: Answerable) -> tuple[Tensor, Tensor]:
     """Ids of the question and of the answer, split where those of both together first differ from the question's."""
-    question, both = encode(tokenizer, fact.question), encode(tokenizer, fact.question + fact.answer)
+    question, both = encode(tokenizer, asked.question), encode(tokenizer, asked.question + asked.answer)
     same = (both[: len(question)] == question[: len(both)]).long().cumprod(0).sum()
     return both[:same], both[same:]
 
@@ -47,26 +70,45 @@ def build(
 
     Raises ValueError where the facts, the gap and the questions leave no room for a text.
     """
-    statements = [encode(tokenizer, fact.statement) for fact in facts]
-    pairs = [question_and_answer(tokenizer, fact) for fact in asked]
-    end = encode(tokenizer, ".\n")
-    used = sum(map(len, statements)) + sum(len(q) + len(a) + len(end) for q, a in pairs)
+    stated = list(zip(even_steps(len(facts)), [fact.statement for fact in facts], strict=True))
+    return assemble(tokenizer, filler, stated, [Asked(fact.question, fact.answer) for fact in asked], gap)
+
+
+def even_steps(count: int) -> list[float]:
+    """`count` depths, each in the middle of its step of the text."""
+    return [(index + 0.5) / count for index in range(count)]
+
+
+def assemble(
+    tokenizer: PreTrainedTokenizerBase,
+    filler: Tensor,
+    stated: Sequence[tuple[float, str]],
+    asked: Sequence[Asked],
+    gap: int,
+) -> Document:
+    """A document as long as `filler` [1, N], of which it takes the first tokens for its text.
+
+    stated: what stands in it, each at its depth: 0 after the filler's first token (which may be a tokenizer's prefix),
+    1 at the end of the text before the gap. After `gap` tokens of text, in which nothing stands, come the questions.
+    Raises ValueError where all this leaves no room for a text.
+    """
+    statements = sorted(((depth, encode(tokenizer, text)) for depth, text in stated), key=lambda pair: pair[0])
+    parts_asked = [(*question_and_answer(tokenizer, each), encode(tokenizer, each.end)) for each in asked]
+    used = sum(len(ids) for _, ids in statements) + sum(len(ids) for parts in parts_asked for ids in parts)
     room = filler.shape[1] - used - gap
-    if room < len(facts) + 1:
+    if room < len(statements) + 1:
         raise ValueError(
-            f"{len(facts)} facts, their questions and a gap of {gap} tokens leave no room for text "
+            f"{len(statements)} statements, {len(asked)} questions and a gap of {gap} tokens leave no room for text "
             f"in {filler.shape[1]} tokens"
         )
-    text = filler[0]
-    parts, last = [text[:1]], 1
-    for index, statement in enumerate(statements):
-        stop = 1 + (index + 1) * (room - 1) // len(facts) if len(facts) else 1
-        middle = (last + stop) // 2
-        parts += [text[last:middle], statement, text[middle:stop]]
-        last = stop
+    text, parts, last = filler[0], [filler[0, :1]], 1
+    for depth, statement in statements:
+        place = 1 + int(depth * (room - 1))
+        parts += [text[last:place], statement]
+        last = place
     parts.append(text[last : room + gap])
     place, answers = sum(map(len, parts)), []
-    for question, answer in pairs:
+    for question, answer, end in parts_asked:
         parts += [question, answer, end]
         answers.append(range(place + len(question), place + len(question) + len(answer)))
         place += len(question) + len(answer) + len(end)
@@ -89,6 +131,10 @@ def answered(
     model: PreTrainedModel, contender: Contender, document: Document, chunk: int, advance: Advance
 ) -> list[bool]:
     """For every question of the document, whether the greedy answer is the true one, word for word."""
-    chosen = predict(model, contender, document.ids, document.positions, chunk, advance).log_probs.argmax(dim=-1).cpu()
-    right = chosen == document.ids[0, document.positions + 1]
-    return [bool(part.all()) for part in right.split([len(answer) for answer in document.answers])]
+    return right(document, predict(model, contender, document.ids, document.positions, chunk, advance))
+
+
+def right(document: Document, said: Predictions) -> list[bool]:
+    """For every question, whether what was predicted at the document's `positions` is the true answer."""
+    same = said.log_probs.argmax(dim=-1).cpu() == document.ids[0, document.positions + 1]
+    return [bool(part.all()) for part in same.split([len(answer) for answer in document.answers])]

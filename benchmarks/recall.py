@@ -55,8 +55,13 @@ class Fact:
         return f" {self.value}"
 
 
+def draw_value(rng: random.Random) -> str:
+    """Two words."""
+    return f"{rng.choice(QUALITIES)} {rng.choice(THINGS)}"
+
+
 def draw_facts(rng: random.Random, count: int) -> list[Fact]:
     """`count` facts with names of their own; raises ValueError above the number of names known."""
     if not 0 <= count <= len(NAMES):
         raise ValueError(f"count must lie in 0..{len(NAMES)} (names are not repeated), got {count}")
-    return [Fact(name, f"{rng.choice(QUALITIES)} {rng.choice(THINGS)}") for name in rng.sample(NAMES, count)]
+    return [Fact(name, draw_value(rng)) for name in rng.sample(NAMES, count)]
