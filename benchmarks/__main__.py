@@ -41,6 +41,7 @@ def quick(
     specs: Annotated[str, typer.Option(help="specs of ours to measure, with spaces between")] = " ".join(SPECS),
     baselines: Annotated[bool, typer.Option(help="measure transformers' QuantizedCache too")] = True,
     model: Annotated[str | None, typer.Option(help="model folder or hub id  [default: the embedded model]")] = None,
+    load_in_4bit: Annotated[bool, typer.Option("--load-in-4bit", help="weights in bitsandbytes' NF4")] = False,
     text: Annotated[
         Path | None, typer.Option(help="text file  [default: library modules that training never saw]")
     ] = None,
@@ -73,6 +74,7 @@ def quick(
             step_context,
             steps,
             seed,
+            load_in_4bit,
         )
         quick_job.run(settings, output, Console())
     except (ValueError, OSError) as error:
@@ -91,6 +93,7 @@ def quality(
     model: Annotated[
         str | None, typer.Option(help="model folder or hub id in place of the embedded model  [default: that]")
     ] = None,
+    load_in_4bit: Annotated[bool, typer.Option("--load-in-4bit", help="weights in bitsandbytes' NF4")] = False,
     text: Annotated[
         Path | None, typer.Option(help="text file  [default: War and Peace where it is, else held-out library modules]")
     ] = None,
@@ -114,6 +117,7 @@ def quality(
             seeds,
             chunk,
             greedy,
+            load_in_4bit,
         )
         frontier.run(settings, output, Console(), fresh=not resume)
     except (ValueError, OSError) as error:

@@ -36,6 +36,7 @@ class Settings:
     seeds: int = 3
     chunk: int = 512
     greedy: int = 64
+    load_in_4bit: bool = False
 
     def __post_init__(self) -> None:
         unknown = [name for name in self.subjects if name not in SUBJECTS]

@@ -90,8 +90,10 @@ def default_text(data: Path) -> Path | None:
 
 
 @cache
-def _loaded(model: str | None, path: Path | None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, Text]:
-    loaded, tokenizer = subjects.load(model)
+def _loaded(
+    model: str | None, path: Path | None, load_in_4bit: bool
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, Text]:
+    loaded, tokenizer = subjects.load(model, load_in_4bit)
     return loaded, tokenizer, texts.load(tokenizer, path, seed=0)
 
 
@@ -100,7 +102,7 @@ def _reader(settings: Settings, data: Path, hard: bool) -> Callable[[int, int], 
     path = settings.text or default_text(data)
 
     def open_case(context: int, seed: int) -> Case:
-        model, tokenizer, text = _loaded(settings.model, path)
+        model, tokenizer, text = _loaded(settings.model, path, settings.load_in_4bit)
         chunk = chunk_of(settings.chunk, context)
         # PAGE: a window is up to a page longer before its oldest tokens are coded
         passage = with_facts(tokenizer, text, context, chunk + WINDOW + PAGE, seed)

@@ -42,6 +42,7 @@ class Settings:
     step_context: int = 8192
     steps: int = 7
     seed: int = 0
+    load_in_4bit: bool = False
 
     def __post_init__(self) -> None:
         at_least = {
@@ -202,7 +203,7 @@ def run(settings: Settings, output: Path, console: Console) -> list[Result]:
     Raises ValueError for settings or a spec that make no sense and OSError for a text or model that is not there.
     """
     contenders(settings.specs)  # a wrong spec is told before the model is loaded
-    model, tokenizer = subjects.load(settings.model)
+    model, tokenizer = subjects.load(settings.model, settings.load_in_4bit)
     text = texts.load(tokenizer, settings.text, settings.seed)
     settings = fitted(settings, text)
     with bar(console, 24) as progress:
