@@ -15,6 +15,8 @@ from benchmarks.caches import OUR_SIDE, PEER_SIDE
 from benchmarks.log import read
 from benchmarks.pareto import Spread, Summary, best_at, panels, ratio, summarise
 from benchmarks.rows import Row
+from benchmarks.scaling_rows import ScalingRow
+from benchmarks.scaling_tables import spread
 from benchmarks.tables import markdown
 from kvcompress.presets import PRESETS
 from kvcompress.spec import DEFAULT_SPEC
@@ -32,6 +34,8 @@ SHOWN = (
 )  # fmt: skip
 PLAIN, HARD = ("embedded", 4096), ("embedded-hard", 4096)
 RATES = (2.0, 3.0, 4.0)
+#: Families whose fitted base is told.
+FITTED = ("trellis", "spectral", "prerope+spectral")
 
 
 def quality(results: Path) -> str:
@@ -103,8 +107,35 @@ def embedded(results: Path) -> str:
     return markdown(["tokens of context", *contexts], len(contexts), lines)
 
 
+def scaling(results: Path) -> str:
+    """The fitted laws of `python -m benchmarks scaling`: KL against bits, context and rank."""
+    rows = read(results / "scaling" / "results.jsonl", ScalingRow)
+    own = [row for row in rows if row.subject == PLAIN[0] and row.status == "ok"]
+    found = {row.family: row for row in own if row.base}
+    bases = ", ".join(f"{spread(found[name].base, 1)} for `{name}`" for name in FITTED)
+    four = ", ".join(f"`{row.family}`" for row in found.values() if row.four_inside) or "no family"
+    moved = [
+        row.family for row in own if row.kind == "perplexity" and row.coefficients and row.coefficients["kl"][1] > 0
+    ]
+    perplexity = ", ".join(f"`{name}`" for name in moved) or "no family"
+    doubling = spread(found[FITTED[-1]].per_doubling, 2)
+    return (
+        "Fitted, with 95% intervals (`python -m benchmarks scaling`, [all families]"
+        f"(benchmarks/results/scaling/table.md)): a bit divides KL by\n{bases}.\n"
+        f"Theory's 4 lies inside the interval of {four}. A doubling of the context, up to {PLAIN[1]:,} tokens, "
+        f"multiplies KL\nby {doubling} (`{FITTED[-1]}`); each direction that `lowrank` keeps divides it by\n"
+        f"{spread(found['lowrank'].base, 3)}. Perplexity can be told to rise with KL for {perplexity}.\n"
+        "`kvcompress plan` quotes these lines, and says where they do not reach.\n"
+    )
+
+
 #: What every block of README.md is made by.
-BLOCKS: dict[str, Callable[[Path], str]] = {"quality": quality, "rates": rates, "embedded": embedded}
+BLOCKS: dict[str, Callable[[Path], str]] = {
+    "quality": quality,
+    "rates": rates,
+    "scaling": scaling,
+    "embedded": embedded,
+}
 
 
 def rewritten(text: str, results: Path = RESULTS) -> str:

@@ -178,9 +178,19 @@ def plan(
     spec: SpecOption = None,
     batch: Annotated[int, typer.Option(min=1, help="Rows of that context at once.")] = 1,
     weight_bits: Annotated[float, typer.Option(help="Bits for each of the model's parameters.")] = 16,
-    reserve: Annotated[str, typer.Option(help="Memory set aside for activations and the like.")] = "2GiB",
+    reserve: Annotated[str, typer.Option(help="Memory set aside for the CUDA context, workspace and gaps.")] = "2GiB",
+    prefill_chunk: Annotated[
+        int, typer.Option(min=1, help="Tokens of each row that pass through the model at once; counted as activations.")
+    ] = 4096,
+    fits: Annotated[
+        Path | None,
+        typer.Option(help="fits.json of python -m benchmarks scaling; without it, what was fitted on the small model."),
+    ] = None,
 ) -> None:
     """Say which context lengths fit on a GPU, with and without compression, from a model's config alone.
+
+    Weights, activations of a prefill chunk and the cache are counted. What quality the spec keeps is quoted from fits
+    to measurements, with its interval, and where they do not reach the plan says so.
 
     \b
     Examples:
@@ -188,9 +198,21 @@ def plan(
       kvcompress plan ./my-model --gpu 24GB --spec trellis2 --weight-bits 4.5
     """
     import kvcompress
+    from kvcompress.fits import SHIPPED
 
     chosen = kvcompress.CacheSpec.parse(spec or kvcompress.DEFAULT_SPEC)
-    print(kvcompress.plan(model, context, chosen, gpu, batch=batch, weight_bits=weight_bits, reserve=reserve))
+    made = kvcompress.plan(
+        model,
+        context,
+        chosen,
+        gpu,
+        batch=batch,
+        weight_bits=weight_bits,
+        reserve=reserve,
+        prefill_chunk=prefill_chunk,
+        fits=fits or SHIPPED,
+    )
+    print(made)
 
 
 @app.command()
