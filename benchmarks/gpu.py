@@ -92,7 +92,7 @@ def perform(settings: Settings, output: Path | None, console: Console) -> list[R
         console.print(
             f"{time.monotonic() - begun:5.0f}s {line(fresh[-1])}", markup=False, highlight=False, soft_wrap=True
         )
-    for text in _verdicts(fresh):
+    for text in verdicts(fresh):
         console.print(text, markup=False, highlight=False, soft_wrap=True)
     if not settings.dry:
         console.print("the tests for a GPU: python -m pytest -m gpu tests", markup=False, highlight=False)
@@ -174,7 +174,7 @@ def _short(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-def _verdicts(rows: list[Row]) -> Iterator[str]:
+def verdicts(rows: list[Row]) -> Iterator[str]:
     """What came of the targets, and how many rows there are of each kind."""
     for section, name, field, bound in TARGETS:
         for row in rows:
