@@ -27,7 +27,7 @@ from .unpack import entry
 from .variant import Variant
 
 GROUP = 16  # pages whose queries one program absorbs, so that it loads the synthesis once
-LARGEST = tl.constexpr(2.0)  # times 256 dimensions of a band and an offset of 127: within fp16's 65504
+LARGEST = tl.constexpr(1.0)  # times an affine scale, or 256 dimensions of a band and an offset: within fp16's 65504
 
 
 @triton.jit

@@ -22,31 +22,25 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .absorb import tile_rows
 from .checks import DTYPES, check, check_rows
-from .layout import PAGE, BandLayout, TrellisTable
-from .pages import (
-    Table,
-    gains,
-    means,
-    order_of_page,
-    softcapped,
-    store_sums,
-    value_scales,
-    weights_of_band,
-    zero_sums,
-)
+from .device import CHIPS, describe
+from .layout import PAGE, BandLayout, Kind, LevelTable, TrellisTable
+from .pages import Table
 from .ptx import DIGEST
 from .ptx import version as ptx_version
 from .rebuilding import FRAMES, Rebuilding, angles_of, steps_of
 from .segments import Plan, plan
+from .softmax import LN_2, LOG2E, capped
 from .spread import key_segment, value_segment
 from .unpack import entry
 from .variant import ARCHS, Variant
+from .weighting import gains, means, order_of_page, store_sums, value_scales, weights_of_band, zero_sums
 
 LARGEST = tl.constexpr(1024.0)  # what a tile's largest query coordinate is brought to, so that fp16 loses little
 PLANES = 32  # of a chunk
+GROUPS = 4  # query heads a KV head of what is compiled without a device
 WARPS = 4  # what Hopper's matrix instructions are done by together; each takes 16 of a page's tokens
-LOG2E = 1.4426950408889634
 
 
 @triton.jit
@@ -55,10 +49,10 @@ def coded_keys(base, head, token, live, known, KS: tl.constexpr, KB: tl.constexp
     """What the codes of a page's keys stand for, fp16: a tile [64, 16 N] for every segment; zero where not live."""
     factors = ()
     for b in tl.static_range(len(KB)):
-        factors = factors + (gains(base, entry(KB, b, 0), head, token, live, known, entry(KB, b, 1)) * entry(KB, b, 2),)
+        factors = factors + (gains(base, head, token, live, known, KB, b) * entry(KB, b, 2),)
     result = ()
     for i in tl.static_range(len(KS)):
-        numbers = key_segment(base, head, i, KS, PTX, LANES)
+        numbers = key_segment(base, head, KS, i, PTX, LANES)
         shift = factors[entry(KS, i, 0)] * entry(KB, entry(KS, i, 0), 3)
         y = numbers.to(tl.float32) * factors[entry(KS, i, 0)][:, None] - shift[:, None]
         result = result + (y.to(tl.float16),)
@@ -156,7 +150,7 @@ def add_values(sums, counts, weights, shrink, value_scale, base, head, slot, liv
         counts = counted(half, counts, b, M)
     result = ()
     for i in tl.static_range(len(VS)):
-        numbers = value_segment(base, head, i, VS, PTX, LANES)
+        numbers = value_segment(base, head, VS, i, PTX, LANES)
         result = result + (tl.dot(numbers, halves[entry(VS, i, 0)], sums[i] * shrink[None, :]),)
     return result, counts
 
@@ -262,7 +256,7 @@ def restored_kernel(
             CHUNKS, C, HALF, KS, FRAME, CENTRED,
         ) * scale  # fmt: skip
         if SOFTCAP:
-            scores = softcapped(scores, softcap) * 1.4426950408889634
+            scores = capped(scores, 1.0 / softcap, True) * (softcap * LOG2E)
         scores = tl.where(live[:, None], scores, float("-inf"))
         higher = tl.maximum(top, tl.max(scores, 0))
         half = tl.exp2(scores - higher[None, :]).to(tl.float16)
@@ -275,17 +269,12 @@ def restored_kernel(
     seen = total > 0
     to = (row.to(tl.int64) * heads + head) * splits + split
     for i in tl.static_range(len(VS)):
-        weight = count_of(counts, entry(VS, i, 0), M)[None, :]
+        weight = count_of(counts, entry(VS, i, 0), M)
         safe = tl.where(seen, total, 1.0)
         result = means(sums[i], weight, value_scale[entry(VS, i, 0)], safe, VB, entry(VS, i, 0))
         store_sums(Out + to * rows * RV, result, m, rows, RV, entry(VS, i, 8), 16 * entry(VS, i, 3))
-    lse = tl.where(seen, (top + tl.log2(total)) * 0.6931471805599453, float("-inf"))
+    lse = tl.where(seen, (top + tl.log2(total)) * LN_2, float("-inf"))
     tl.store(Lse + to * rows + m, lse, m < rows)
-
-
-def tile_rows(rows: int) -> int:
-    """Rows of a tile for `rows` query rows of a KV head."""
-    return max(8, min(64, triton.next_power_of_2(rows)))
 
 
 def attend_restored(
@@ -324,7 +313,7 @@ def attend_restored(
         return out, lse
     seen, pads = mask if mask is not None else (table.fills, table.counts)
     ptx = ptx_version(device)
-    tile, planes = tile_rows(rows), chunk_planes(half)
+    tile, planes = tile_rows(rows, describe(device)), chunk_planes(half)
     mean = rebuilding.mean
     restored_kernel[(splits, heads, rows_of * triton.cdiv(rows, tile))](
         query, *query.stride()[:3], rebuilding.first, rebuilding.second, _row_stride(rebuilding.first),
@@ -332,7 +321,7 @@ def attend_restored(
         angles, angles.stride(0), *steps, table.addresses, table.fills, table.starts, table.counts,
         table.addresses.stride(0), seen.view(torch.int8) if mask is not None else seen, seen.stride(0), pads,
         gains_of_bytes, out, lse, rows, query.shape[2], heads, splits,
-        scaling * (1.0 if softcap else LOG2E), softcap or 0.0,
+        scaling * (1.0 if softcap else LOG2E.value), softcap or 0.0,
         R=keys.rank, RV=values.rank, D=width, M=tile, CHUNKS=triton.cdiv(half, planes), C=planes,
         KS=keys.segments, KB=keys.bands, VS=values.segments, VB=values.bands, FRAME=FRAMES[rebuilding.frame][0],
         MASKED=mask is not None, SOFTCAP=softcap is not None, CENTRED=mean is not None, PTX=ptx,
@@ -361,37 +350,48 @@ def variants() -> list[Variant]:
     The tables' entries are examples: no instruction depends on them.
     """
     table = TrellisTable(tuple(tuple(range(first, first + 8)) for first in (0, 8, 16)), 10.0, 0.1)
+    grid = *range(100, 116), *range(140, 156)
+    levels = LevelTable(grid, grid[1:], grid, 1.0, 127.5)
 
-    def spectral(unit: int) -> Plan:
+    def spectral(unit: int, profile: tuple[int, int, int]) -> Plan:
         bands, codes = [], 0
-        for start, width, bits in ((0, unit, 4), (unit, 2 * unit, 3), (3 * unit, unit, 2)):
-            bands.append(BandLayout(start, width, "trellis", bits, "log", codes, codes, table=table))
+        for start, width, bits in zip((0, unit, 3 * unit), (unit, 2 * unit, unit), profile, strict=True):
+            kind: Kind = "trellis" if bits < 5 else "lloyd"
+            own = table if bits < 5 else levels
+            bands.append(BandLayout(start, width, kind, bits, "log", codes, codes, table=own))
             codes += 8 * PAGE * width * bits // 8
-        return plan(tuple(bands))
+        return plan(tuple(bands), 0)
 
-    whole = plan((BandLayout(0, 128, "trellis", 3, table=table),))
-    made = [_variant("spectral3", 64, spectral(16), "token", 8, arch) for arch in ARCHS]
-    made += [_variant("trellis3", 128, whole, "token", 8, arch) for arch in ARCHS]
-    for frame, tile in (("token", 8), ("token", 64), ("page", 64)):
-        made += [_variant("spectral3", 128, spectral(32), frame, tile, arch) for arch in ARCHS]
+    whole = plan((BandLayout(0, 128, "trellis", 3, table=table),), 0)
+    three, four = spectral(32, (4, 3, 2)), spectral(32, (5, 4, 3))
+    made = []
+    for arch in ARCHS:
+        made.append(_variant("spectral3", 64, spectral(16, (4, 3, 2)), "token", GROUPS, arch))
+        made += [
+            _variant(codec, 128, own, "token", GROUPS, arch)
+            for codec, own in (("trellis3", whole), ("spectral3", three), ("spectral4", four))
+        ]
+        made += [_variant("spectral3", 128, three, frame, 64, arch) for frame in FRAMES]
     return made
 
 
-def _variant(codec: str, width: int, own: Plan, frame: str, tile: int, arch: str) -> Variant:
+def _variant(codec: str, width: int, own: Plan, frame: str, rows: int, arch: str) -> Variant:
+    """For so many query rows of a KV head."""
     ptx = 0 if arch.startswith("gfx") else DIGEST
     pointers = {"Q": "*bf16", "Wx": "*fp16", "Wy": "*fp16", "Planes": "*i32", "Table": "*i64", "Fills": "*i32"}
     pointers |= {"Starts": "*i32", "Counts": "*i32", "Mask": "*i8", "Pads": "*i32"}
     pointers |= dict.fromkeys(("Mean", "Angles", "Cosines", "Sines", "gain_of", "Out", "Lse"), "*fp32")
     planes = chunk_planes(width // 2)
     constants: dict[str, Any] = {
-        "R": own.rank, "RV": own.rank, "D": width, "M": tile, "CHUNKS": triton.cdiv(width // 2, planes), "C": planes,
+        "R": own.rank, "RV": own.rank, "D": width, "M": tile_rows(rows, CHIPS[arch]),
+        "CHUNKS": triton.cdiv(width // 2, planes), "C": planes,
         "KS": own.segments, "KB": own.bands, "VS": own.segments, "VB": own.bands, "FRAME": FRAMES[frame][0],
         "MASKED": False, "SOFTCAP": False, "CENTRED": True, "PTX": ptx, "LANES": lanes(ptx),
     }  # fmt: skip
     types = {**dict.fromkeys(constants, "constexpr"), **pointers, "unit": "fp32", "softcap": "fp32"}
     signature = {name: types.get(name, "i32") for name in restored_kernel.arg_names}
     aligned = (*pointers, "q_row", "q_head", "q_token", "w_row", "m_row")
-    name = f"restored {frame}" if tile == 8 else f"restored {frame} prefill"
+    name = f"restored {frame}" if rows == GROUPS else f"restored {frame} prefill"
     return Variant(
         name, codec, width, restored_kernel, signature, constants, aligned, WARPS, 1, 2 * PAGE * own.rank, (arch,)
     )

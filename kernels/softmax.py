@@ -14,7 +14,7 @@ import triton.language as tl
 #: Stands for minus infinity in a running maximum: finite, so that a query that sees nothing gives no inf - inf.
 LOWEST = tl.constexpr(-1e30)
 
-_LN_2 = tl.constexpr(math.log(2.0))
+LN_2, LOG2E = tl.constexpr(math.log(2.0)), tl.constexpr(math.log2(math.e))
 
 
 def units(scaling: float, softcap: float | None) -> tuple[float, float]:
@@ -32,7 +32,7 @@ def units(scaling: float, softcap: float | None) -> tuple[float, float]:
 def capped(raw: tl.tensor, inner: tl.tensor, SOFTCAP: tl.constexpr) -> tl.tensor:
     """Raw products as they are, or tanh(raw * inner) by exp2: 1 - 2 / (1 + e^2x), right at both infinities."""
     if SOFTCAP:
-        raw = 1.0 - 2.0 / (1.0 + tl.exp2(raw * (inner * (2.0 / _LN_2))))
+        raw = 1.0 - 2.0 / (1.0 + tl.exp2(raw * (inner * (2.0 / LN_2))))
     return raw
 
 
@@ -58,4 +58,4 @@ def finish(acc: tl.tensor, unit: tl.tensor, top: tl.tensor, total: tl.tensor) ->
     """(mean [M, width], natural log-sum-exp [M]); zero and -inf for queries that saw nothing."""
     seen = total > 0
     safe = tl.where(seen, total, 1.0)
-    return acc / safe[:, None], tl.where(seen, (top * unit + tl.log2(safe)) * _LN_2, float("-inf"))
+    return acc / safe[:, None], tl.where(seen, (top * unit + tl.log2(safe)) * LN_2, float("-inf"))

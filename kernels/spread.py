@@ -12,7 +12,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .pages import key_numbers, value_numbers
+from .tiles import codes_of, key_numbers, place_of, value_numbers
 from .unpack import _constraints, _halves, _slots, _text, _twin, _value_block, depth, entry, words
 
 
@@ -32,13 +32,13 @@ def _moved(blocks, part, PARTS: tl.constexpr):
 
 
 @triton.jit
-def _key_words(start, S: tl.constexpr, S0: tl.constexpr, N: tl.constexpr, BITS: tl.constexpr, BACK: tl.constexpr,
-               PARTS: tl.constexpr):  # fmt: skip
+def _key_words(start, SEGMENTS: tl.constexpr, PART: tl.constexpr, BACK: tl.constexpr, PARTS: tl.constexpr):
     """The words of [N PARTS, 8 octets, 4] blocks, BACK blocks before the segment's own."""
-    at = tl.arange(0, N * PARTS)[:, None, None]
-    block = (tl.arange(0, 4)[None, None, :] * S + at // PARTS + S0 + 4 * S - BACK) % (4 * S)
-    place = (block % S * 8 + tl.arange(0, 8)[None, :, None]) * 4 + block // S
-    return _moved(words(start, place, BITS), at % PARTS, PARTS)
+    S: tl.constexpr = entry(SEGMENTS, PART, 1)
+    at = tl.arange(0, entry(SEGMENTS, PART, 3) * PARTS)[:, None, None]
+    block = tl.arange(0, 4)[None, None, :] * entry(SEGMENTS, PART, 9) + at // PARTS + entry(SEGMENTS, PART, 2)
+    place = place_of(block, BACK, S) + tl.arange(0, 8)[None, :, None] * 4
+    return _moved(words(start, place, entry(SEGMENTS, PART, 5), S, False), at % PARTS, PARTS)
 
 
 @triton.jit
@@ -60,14 +60,17 @@ def _key_slots(o, i: tl.constexpr, PARTS: tl.constexpr):
 
 
 @triton.jit
-def spread_keys(base, head, S: tl.constexpr, S0: tl.constexpr, N: tl.constexpr, KIND: tl.constexpr, BITS: tl.constexpr,
-                T: tl.constexpr, CODES: tl.constexpr, PTX: tl.constexpr, PARTS: tl.constexpr):  # fmt: skip
-    """What `pages.key_numbers` gives, fp16 [64, 16 N], for PARTS of 2 or 4."""
-    start = (base + CODES).to(tl.pointer_type(tl.uint32)) + head * (S * 32 * BITS)
-    own = _key_words(start, S, S0, N, BITS, 0, PARTS)
+def spread_keys(base, head, SEGMENTS: tl.constexpr, PART: tl.constexpr, PTX: tl.constexpr, PARTS: tl.constexpr):
+    """What `tiles.key_numbers` gives, fp16 [64, 16 N], for PARTS of 2 or 4."""
+    N: tl.constexpr = entry(SEGMENTS, PART, 3)
+    KIND: tl.constexpr = entry(SEGMENTS, PART, 4)
+    BITS: tl.constexpr = entry(SEGMENTS, PART, 5)
+    T: tl.constexpr = entry(SEGMENTS, PART, 6)
+    start = codes_of(base, head, SEGMENTS, PART)
+    own = _key_words(start, SEGMENTS, PART, 0, PARTS)
     before = ()
     for back in tl.static_range(depth(KIND, BITS)):
-        before = before + _key_words(start, S, S0, N, BITS, back + 1, PARTS)
+        before = before + _key_words(start, SEGMENTS, PART, back + 1, PARTS)
     if PTX:
         o = tl.inline_asm_elementwise(
             _text(KIND, BITS, T, False), _constraints(KIND, BITS, T, False), own + before,
@@ -84,18 +87,19 @@ def spread_keys(base, head, S: tl.constexpr, S0: tl.constexpr, N: tl.constexpr, 
 
 
 @triton.jit
-def _value_words(start, S: tl.constexpr, S0: tl.constexpr, N: tl.constexpr, BITS: tl.constexpr, BACK: tl.constexpr,
-                 PARTS: tl.constexpr):  # fmt: skip
+def _value_words(start, SEGMENTS: tl.constexpr, PART: tl.constexpr, BACK: tl.constexpr, PARTS: tl.constexpr):
     """The words of blocks [c PARTS, gl, octet]."""
+    S: tl.constexpr = entry(SEGMENTS, PART, 1)
+    N: tl.constexpr = entry(SEGMENTS, PART, 3)
+    APART: tl.constexpr = entry(SEGMENTS, PART, 9)
     if N == 1:
         at, gl = tl.arange(0, PARTS)[:, None, None], tl.arange(0, 4)[None, :, None]
-        block = gl * S + S0 + at // PARTS
+        block = gl * APART + at // PARTS
     else:
         at, gl = tl.arange(0, N // 2 * PARTS)[:, None, None], tl.arange(0, 8)[None, :, None]
-        block = gl // 2 * S + S0 + gl % 2 * (N // 2) + at // PARTS
-    block = (block + 4 * S - BACK) % (4 * S)
-    place = block % S * 32 + block // S + tl.arange(0, 8)[None, None, :] * 4
-    return _moved(words(start, place, BITS), at % PARTS, PARTS)
+        block = gl // 2 * APART + gl % 2 * (N // 2) + at // PARTS
+    place = place_of(block + entry(SEGMENTS, PART, 2), BACK, S) + tl.arange(0, 8)[None, None, :] * 4
+    return _moved(words(start, place, entry(SEGMENTS, PART, 5), S, False), at % PARTS, PARTS)
 
 
 @triton.jit
@@ -109,15 +113,17 @@ def _value_slots(o, d: tl.constexpr, PARTS: tl.constexpr):
 
 
 @triton.jit
-def spread_values(base, head, S: tl.constexpr, S0: tl.constexpr, N: tl.constexpr, KIND: tl.constexpr,
-                  BITS: tl.constexpr, T: tl.constexpr, CODES: tl.constexpr, PTX: tl.constexpr,
-                  PARTS: tl.constexpr):  # fmt: skip
-    """What `pages.value_numbers` gives, fp16 [16 N, 64], for PARTS of 1, 2 or 4."""
-    start = (base + CODES).to(tl.pointer_type(tl.uint32)) + head * (S * 32 * BITS)
-    own = _value_words(start, S, S0, N, BITS, 0, PARTS)
+def spread_values(base, head, SEGMENTS: tl.constexpr, PART: tl.constexpr, PTX: tl.constexpr, PARTS: tl.constexpr):
+    """What `tiles.value_numbers` gives, fp16 [16 N, 64], for PARTS of 1, 2 or 4."""
+    N: tl.constexpr = entry(SEGMENTS, PART, 3)
+    KIND: tl.constexpr = entry(SEGMENTS, PART, 4)
+    BITS: tl.constexpr = entry(SEGMENTS, PART, 5)
+    T: tl.constexpr = entry(SEGMENTS, PART, 6)
+    start = codes_of(base, head, SEGMENTS, PART)
+    own = _value_words(start, SEGMENTS, PART, 0, PARTS)
     before = ()
     for back in tl.static_range(depth(KIND, BITS)):
-        before = before + _value_words(start, S, S0, N, BITS, back + 1, PARTS)
+        before = before + _value_words(start, SEGMENTS, PART, back + 1, PARTS)
     if PARTS == 1:
         tile = _value_block(own, before, KIND, BITS, T, PTX)  # ..., e, j high, j low, d high, d low
     elif PTX:
@@ -142,34 +148,22 @@ def spread_values(base, head, S: tl.constexpr, S0: tl.constexpr, N: tl.constexpr
 
 
 @triton.jit
-def key_segment(base, head, PART: tl.constexpr, KS: tl.constexpr, PTX: tl.constexpr, LANES: tl.constexpr):
+def key_segment(base, head, SEGMENTS: tl.constexpr, PART: tl.constexpr, PTX: tl.constexpr, LANES: tl.constexpr):
     """fp16 [64, 16 N], one segment of the keys, by LANES lanes."""
-    S: tl.constexpr = entry(KS, PART, 1)
-    S0: tl.constexpr = entry(KS, PART, 2)
-    N: tl.constexpr = entry(KS, PART, 3)
-    KIND: tl.constexpr = entry(KS, PART, 4)
-    BITS: tl.constexpr = entry(KS, PART, 5)
-    T: tl.constexpr = entry(KS, PART, 6)
-    CODES: tl.constexpr = entry(KS, PART, 7)
-    if 32 * N >= LANES:
-        numbers = key_numbers(base, head, S, S0, N, KIND, BITS, T, CODES, PTX)
+    BLOCKS: tl.constexpr = 32 * entry(SEGMENTS, PART, 3)
+    if BLOCKS >= LANES:
+        numbers = key_numbers(base, head, SEGMENTS, PART, PTX)
     else:
-        numbers = spread_keys(base, head, S, S0, N, KIND, BITS, T, CODES, PTX, parts(32 * N, LANES))
+        numbers = spread_keys(base, head, SEGMENTS, PART, PTX, parts(BLOCKS, LANES))
     return numbers
 
 
 @triton.jit
-def value_segment(base, head, PART: tl.constexpr, VS: tl.constexpr, PTX: tl.constexpr, LANES: tl.constexpr):
+def value_segment(base, head, SEGMENTS: tl.constexpr, PART: tl.constexpr, PTX: tl.constexpr, LANES: tl.constexpr):
     """fp16 [16 N, 64], one segment of the values, by LANES lanes."""
-    S: tl.constexpr = entry(VS, PART, 1)
-    S0: tl.constexpr = entry(VS, PART, 2)
-    N: tl.constexpr = entry(VS, PART, 3)
-    KIND: tl.constexpr = entry(VS, PART, 4)
-    BITS: tl.constexpr = entry(VS, PART, 5)
-    T: tl.constexpr = entry(VS, PART, 6)
-    CODES: tl.constexpr = entry(VS, PART, 7)
-    if 16 * N >= LANES:
-        numbers = value_numbers(base, head, S, S0, N, KIND, BITS, T, CODES, PTX)
+    BLOCKS: tl.constexpr = 32 * entry(SEGMENTS, PART, 3)
+    if BLOCKS // 2 >= LANES:
+        numbers = value_numbers(base, head, SEGMENTS, PART, PTX)
     else:
-        numbers = spread_values(base, head, S, S0, N, KIND, BITS, T, CODES, PTX, parts(32 * N, LANES))
+        numbers = spread_values(base, head, SEGMENTS, PART, PTX, parts(BLOCKS, LANES))
     return numbers

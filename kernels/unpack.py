@@ -1,11 +1,18 @@
 """From packed words to half-precision tiles, in the registers of the lanes that a matrix instruction wants them in.
 
-A block is 4 dimensions x 8 slots in `bits` words (kvcompress/packing.py). Every code is looked up in tables of eight
-bytes, which a byte permute (PRMT) does for four tokens at once, and a trellis adds three such bytes (one IADD3 for four
-tokens). Sums stay below 128, so that a permute makes two of them a pair of fp16 numbers without any conversion: it
-fills the upper bytes with the sign of the lower ones, zero, and what results is the subnormal number `sum * 2^-24`,
-which matrix units multiply exactly. It stands for `step * (2^24 number - offset)`; the step goes into scales, the
-offset into sums over the query and over the weights.
+A block is 4 dimensions x 8 slots in `bits` words (kvcompress/packing.py). It becomes bytes, by the kind of its codes:
+
+    trellis   sums of three bytes, looked up in tables of eight by a byte permute (PRMT), four tokens at once; one IADD3
+              adds them for four tokens
+    levels    one byte looked up; of five bits, whose levels are symmetric, the table holds the lower half, and codes
+              and bytes of the upper half are turned round by exclusive ors
+    affine    the code itself, by masks and shifts
+
+Below 128 a permute makes two of them a pair of fp16 numbers without any conversion: it fills the upper bytes with the
+sign of the lower ones, zero, and what results is the subnormal number `byte * 2^-24`, which matrix units multiply
+exactly; larger bytes (levels of five bits, affine codes of eight) take half a permute more where a pair comes out of
+two registers. It stands for `step * (2^24 number - offset)`; the step goes into scales, the offset into sums over the
+query and over the weights.
 
 Keys have their tokens in order, slot 8 o + n of octet o being token 8 o + n. Values have them in the order of
 kvcompress.store.SLOTS, so that the two tokens of a pair, whose weights lie side by side in a lane, are side by side in
@@ -77,11 +84,41 @@ def _tokens(o, i: tl.constexpr):
 
 
 @triton.jit
-def words(base, offsets, BITS: tl.constexpr):
-    """The words of blocks: BITS uint32 tensors like `offsets`."""
+def consecutive(pointers, COUNT: tl.constexpr):
+    """COUNT tensors [a, b, c] of the words at pointers [a, b, c] and after them, two or four by one instruction."""
+    if COUNT == 2:
+        result = tl.split(tl.load(pointers[:, :, :, None] + tl.arange(0, 2)))
+    elif COUNT == 4:
+        four = tl.load(pointers[:, :, :, None] + tl.arange(0, 4))
+        even, odd = tl.split(tl.reshape(four, pointers.shape[0], pointers.shape[1], pointers.shape[2], 2, 2))
+        first, third = tl.split(even)
+        second, fourth = tl.split(odd)
+        result = (first, second, third, fourth)
+    else:
+        result = separate(pointers, COUNT)
+    return result
+
+
+@triton.jit
+def separate(pointers, COUNT: tl.constexpr):
+    """As `consecutive`, one by one."""
     result = ()
-    for i in tl.static_range(BITS):
-        result = result + (tl.load(base + offsets * BITS + i),)
+    for i in tl.static_range(COUNT):
+        result = result + (tl.load(pointers + i),)
+    return result
+
+
+@triton.jit
+def words(base, offsets, BITS: tl.constexpr, S: tl.constexpr, TOGETHER: tl.constexpr):
+    """The words of blocks of a band of 16 S dimensions: BITS uint32 tensors like `offsets`, those of the plane of low
+    four bits first. TOGETHER: several by one instruction, which sets the lanes of what they are made into.
+    """
+    LOW: tl.constexpr = BITS if BITS < 4 else 4
+    high = base + 32 * S * LOW + offsets * (BITS - LOW)
+    if TOGETHER:
+        result = consecutive(base + offsets * LOW, LOW) + consecutive(high, BITS - LOW)
+    else:
+        result = separate(base + offsets * LOW, LOW) + separate(high, BITS - LOW)
     return result
 
 
@@ -132,9 +169,40 @@ def _code(own, d: tl.constexpr, BITS: tl.constexpr):
 
 
 @triton.jit
+def _nibbles(codes):
+    """[..., 8]: the nibbles of words, int32."""
+    return ((codes[:, :, :, None] >> (4 * tl.arange(0, 8)).to(tl.uint32)[None, None, None, :]) & 15).to(tl.int32)
+
+
+@triton.jit
+def _mirrored(own, d: tl.constexpr, T: tl.constexpr):
+    """The twin of `ptx._mirrored`, int32 [..., 8]."""
+    upper = _code((own[4],), d, 1)
+    low = own[d] ^ (upper * 15)
+    return (_look_up(low, T[0], T[1]) | _look_up(low ^ 0x88888888, T[2], T[3])) ^ (_nibbles(upper) * 255)
+
+
+@triton.jit
+def _plain(own, d: tl.constexpr, BITS: tl.constexpr):
+    """The twin of `ptx._plain`, int32 [..., 8] in the order of slots."""
+    if BITS > 4:
+        high = ()
+        for i in tl.static_range(BITS - 4):
+            high = high + (own[4 + i],)
+        result = _nibbles(own[d]) | (_nibbles(_code(high, d, BITS - 4)) << 4)
+    else:
+        result = _nibbles(_code(own, d, BITS))
+    return result
+
+
+@triton.jit
 def _sums(own, before, d: tl.constexpr, KIND: tl.constexpr, BITS: tl.constexpr, T: tl.constexpr):
-    """The sums of dimension d of a block for its eight slots, int32 [..., 8]. before: the earlier blocks' words."""
-    if KIND == 1:
+    """The bytes of dimension d of a block for its eight slots, int32 [..., 8]. before: the earlier blocks' words."""
+    if KIND == 2:
+        total = _plain(own, d, BITS)
+    elif KIND == 1 and BITS == 5:
+        total = _mirrored(own, d, T)
+    elif KIND == 1:
         code = _code(own, d, BITS)
         total = _look_up(code, T[0], T[1])
         if BITS == 4:

@@ -24,16 +24,15 @@ from kvcompress.kernels.ops import (
     attend_chunk,
     attend_dense,
     attend_pages,
+    attend_rebuilt,
     encode_side,
     merge,
     page_splits,
-    plan_of,
     text_of_bands,
     text_of_plan,
 )
 from kvcompress.kernels.pages import Table
-from kvcompress.kernels.rebuilding import Rebuilding, page_angles
-from kvcompress.kernels.restored import attend_restored
+from kvcompress.kernels.rebuilding import Rebuilding
 from kvcompress.kernels.segments import plan, refuses
 from kvcompress.planes import Planes
 from kvcompress.record import RecordLayout
@@ -113,12 +112,15 @@ def _record(codec: Codec, side: int, heads: int, dtype: torch.dtype, device: tor
 
 def _refuses_codes(history: History) -> str | None:
     assert history.pool.layout is not None
+    turns = history.rotation is not None and history.codecs[0].frame != "fixed"
     for side, codec in enumerate(history.codecs):
         bands = bands_of(codec, side, history.pool.layout)
-        reason = bands if isinstance(bands, str) else refuses(bands)
-        if reason is not None:
+        if isinstance(bands, str):
+            return bands
+        if reason := refuses(bands, side):
             return reason
-    turns = history.rotation is not None and history.codecs[0].frame != "fixed"
+        if turns and any(band.kind.startswith("affine") for band in bands):
+            return "affine codes where keys are rebuilt and turned"
     if turns and getattr(history.rotation, "planes", None) is None:
         return "a rotary position embedding that is not made of planes"
     return None
@@ -166,7 +168,7 @@ def operands_of(history: History, device: torch.device) -> Operands:
         return known
     assert history.pool.layout is not None
     bands = [bands_of(codec, side, history.pool.layout) for side, codec in enumerate(history.codecs)]
-    plans = tuple(plan(own) for own in bands if not isinstance(own, str))
+    plans = tuple(plan(own, side) for side, own in enumerate(bands) if not isinstance(own, str))
     fits = history.row_fit(0), history.row_fit(1)
     matrices = []
     for codec, fit in zip(history.codecs, fits, strict=True):
@@ -213,13 +215,10 @@ def _codes(query: Tensor, history: History, mask: Mask, scores: Scores) -> tuple
     operands = operands_of(history, query.device)
     heads = operands.absorbing.shape[1]
     splits = page_splits(len(query), heads, query.shape[1] // heads * query.shape[2], table.most, query.device)
-    own = query, operands, table, gains(query.device), scores, seen, splits
-    # queries absorb what turns a page, and its synthesis; but not what turns every token, and not thousands of queries
-    absorbs = operands.planes is None or (operands.frame == "page" and query.shape[2] <= DECODE)
-    return over_pages(*own) if absorbs else _over_rebuilt_pages(*own)
+    return over_codes(query, operands, table, gains(query.device), scores, seen, splits)
 
 
-def over_pages(
+def over_codes(
     query: Tensor, operands: Operands, table: Table, gains_of_bytes: Tensor, scores: Scores,
     seen: tuple[Tensor, Tensor] | None, splits: int,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
@@ -227,6 +226,17 @@ def over_pages(
 
     seen: as `attend_pages` takes its mask. Reads nothing of the device, so a graph can be made of it.
     """
+    # queries absorb what turns a page, and its synthesis; but not what turns every token, and not thousands of queries
+    absorbs = operands.planes is None or (operands.frame == "page" and query.shape[2] <= DECODE)
+    over = _over_pages if absorbs else _over_rebuilt_pages
+    return over(query, operands, table, gains_of_bytes, scores, seen, splits)
+
+
+def _over_pages(
+    query: Tensor, operands: Operands, table: Table, gains_of_bytes: Tensor, scores: Scores,
+    seen: tuple[Tensor, Tensor] | None, splits: int,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """As `over_codes`, with queries that absorb how keys are made of codes."""
     frames = None
     if operands.planes is not None:
         turning = operands.planes.order, operands.planes.frequencies, operands.planes.amplitudes
@@ -241,11 +251,10 @@ def _over_rebuilt_pages(
     query: Tensor, operands: Operands, table: Table, gains_of_bytes: Tensor, scores: Scores,
     seen: tuple[Tensor, Tensor] | None, splits: int,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """As `over_pages`, with keys that are rebuilt and turned."""
-    rebuilding, plans = operands.rebuilding, [plan_of(text) for text in operands.plans]
-    partial = attend_restored(
-        query, rebuilding, page_angles(rebuilding, table), operands.steps, table, *plans, gains_of_bytes,
-        scores.scaling, scores.softcap, seen, splits,
+    """As `over_codes`, with keys that are rebuilt and turned."""
+    partial = attend_rebuilt(
+        query, operands.rebuilding, operands.steps, table, *operands.plans, gains_of_bytes, scores.scaling,
+        scores.softcap, seen, splits,
     )  # fmt: skip
     return _synthesised(partial, operands)
 

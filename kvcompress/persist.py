@@ -26,7 +26,7 @@ from kvcompress.state import State, put, take
 
 FORMAT = "kvcompress-cache"
 #: Of this layout and of what codes mean: to be raised when a codec's bits come to stand for something else.
-VERSION = "2"
+VERSION = "3"
 
 #: The fields of a model's config that decide what its cache holds; a file goes with one model's.
 MODEL_FIELDS = (

@@ -24,7 +24,9 @@ class Preset:
 #: Bits and KL in nats per token: of the embedded model (heads of 64) at 4096 tokens, python -m benchmarks quality.
 PRESETS: dict[str, Preset] = {
     "quality": Preset("prerope+spectral4", "4.5 bits, KL 5.9e-4: less than any peer's method loses at 5 bits"),
-    "balanced": Preset("prerope+spectral3", "the default; 3.5 bits, KL 1.3e-3: little more than half of TurboQuant's at 4.3"),
+    "balanced": Preset(
+        "prerope+spectral3", "the default; 3.5 bits, KL 1.3e-3: little more than half of TurboQuant's at 4.3"
+    ),
     "max": Preset("prerope+spectral2", "2.5 bits, KL 4.1e-3: little more than half of TurboQuant's at 3.3"),
     # cat austen--emma.txt darwin--on-the-origin-of-species.txt > books.txt
     # kvcompress calibrate --text books.txt --bits 3 --output kvcompress/embedded/trellis-auto3.json

@@ -2,8 +2,9 @@
 
 The bound is that of docs/design.md, invariant 5: errors are at most twice what the reference's own are when, of the
 coded part, absorbed queries, what codes stand for and the softmax's weights are rounded to float16, as the kernels
-round queries, weights and weights times gains. FLOAT32 is added for the sums of float32, in which exact tokens are
-attended; outputs are of size 1.
+round queries, weights and weights times gains. Of affine codes it is what lies above a group's zero that is rounded: as
+their scales are, which queries and weights are multiplied by, while zeros are exact. FLOAT32 is added for the sums of
+float32, in which exact tokens are attended; outputs are of size 1.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from transformers import LlamaConfig
 
 from kvcompress import reference
 from kvcompress.codecs import Codec, Fit, Geometry
+from kvcompress.codecs.kivi import GROUP, PerChannel, PerToken
 from kvcompress.fused import Triton
 from kvcompress.history import Block, History
 from kvcompress.reference import Mask, Partial, Scores, Tile
@@ -95,7 +97,18 @@ class Rounded(History):
 
     def blocks(self, pages: int) -> Iterator[Block]:
         for block in super().blocks(pages):
-            yield replace(block, key=block.key.half().float(), value=block.value.half().float())
+            yield replace(block, key=self.rounded(block.key, 0), value=self.rounded(block.value, 1))
+
+    def rounded(self, x: Tensor, side: int) -> Tensor:
+        """Whole pages [B, H, T, R] of keys or values."""
+        if isinstance(self.codecs[side].bands[0].quantiser, PerChannel):
+            groups = x.unflatten(2, (-1, GROUP))
+            zero = groups.amin(dim=3, keepdim=True)
+            return (zero + (groups - zero).half().float()).flatten(2, 3)
+        if isinstance(self.codecs[side].bands[0].quantiser, PerToken):
+            zero = torch.cat([part.amin(dim=3, keepdim=True).expand_as(part) for part in x.split(GROUP, dim=3)], dim=3)
+            return zero + (x - zero).half().float()
+        return x.half().float()
 
 
 class RoundedWeights(Partial):
@@ -154,8 +167,9 @@ def padding(pads: tuple[int, ...], columns: int) -> Tensor:
 def poison(history: History) -> None:
     """Make everything that no row may read what would show in its output, or stop the process.
 
-    Gains of a page's tokens beyond its fill and pages that no row has become not a number, codes anything; entries of
-    the address table beyond the counts point to nowhere. A page that several rows share keeps what any of them counts.
+    Gains, scales and zeros of a page's tokens beyond its fill and pages that no row has become not a number, codes
+    anything; entries of the address table beyond the counts point to nowhere. A page that several rows share keeps what
+    any of them counts.
     """
     table, pool = history.table, history.pool
     assert pool.layout is not None
@@ -170,10 +184,13 @@ def poison(history: History) -> None:
             record.fill_(255)
             continue
         for name, part in pool.layout.views(record).items():
+            slots = SLOTS if name.startswith("value") else range(PAGE)
+            dead = torch.tensor([token >= kept[page] for token in slots])
             if name.endswith(".gain"):
-                slots = SLOTS if name.startswith("value") else range(PAGE)
-                dead = torch.tensor([token >= kept[page] for token in slots])
                 part[..., dead] = torch.nan if part.dtype.is_floating_point else 255
+            elif name.endswith((".scale", ".zero")):  # of values a token's own, of keys those of a half of the page
+                dead = dead if name.startswith("value") else dead.unflatten(0, (2, -1)).all(dim=1)
+                part[:, :, dead] = torch.nan
     where = history.addresses()
     for row, count in enumerate(where.held):
         where.addresses[row, count:], where.fills[row, count:], where.starts[row, count:] = 8, 99, -1

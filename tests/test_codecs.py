@@ -35,29 +35,31 @@ def distortion(levels, borders):
 def test_lloyd_max_codebooks_reach_the_known_distortion(bits, known):
     for own in (codebook, exact_codebook):
         levels, borders = (x.double() for x in own(bits, CPU))
-        assert distortion(levels, borders) == pytest.approx(known, rel=3e-3)
+        grid_costs = 4e-3 if own is codebook and bits == 5 else 0  # see below
+        assert distortion(levels, borders) == pytest.approx(known * (1 + grid_costs), rel=3e-3)
         assert torch.allclose(levels, -levels.flip(0), atol=1e-6)
 
 
-# Measured: 0, 4e-7, 1.3e-5 and 0.22%, of the best levels wherever they lie; float32 levels account for 1e-6
-@pytest.mark.parametrize(("bits", "excess"), [(1, 0.0), (2, 5.6e-7), (3, 2.57e-4), (4, 2.22e-3)])
+# Measured: 0, 4e-7, 1.3e-5, 0.22% and 0.37%, of the best levels wherever they lie; float32 levels account for 1e-6
+@pytest.mark.parametrize(("bits", "excess"), [(1, 0.0), (2, 5.6e-7), (3, 2.57e-4), (4, 2.22e-3), (5, 3.71e-3)])
 def test_levels_on_a_byte_grid_cost_next_to_nothing(bits, excess):
     ours, exact = (distortion(*(x.double() for x in own(bits, CPU))) for own in (codebook, exact_codebook))
     assert -1e-6 <= ours / exact - 1 <= excess + 1e-6
 
 
-@pytest.mark.parametrize("bits", [1, 2, 3, 4])
+@pytest.mark.parametrize("bits", [1, 2, 3, 4, 5])
 def test_a_grid_has_bytes_as_kernels_look_them_up(bits):
+    """Below 128; of five bits the upper half are 255 less the lower half."""
     own = grid(bits)
-    assert own.bytes[0] == 0
-    assert max(own.bytes) < (128 if bits == 4 else 256)
+    assert max(own.bytes[:16]) < 128
+    assert own.offset == 127.5 if bits == 5 else own.bytes[0] == 0
     assert {low + high for low, high in zip(own.bytes, reversed(own.bytes), strict=True)} == {2 * own.offset}
     levels, borders = codebook(bits, CPU)
     assert torch.equal(levels, ((torch.tensor(own.bytes).double() - own.offset) * own.step).float())
     assert torch.allclose(borders, (levels[1:] + levels[:-1]) / 2, atol=1e-6)
 
 
-@pytest.mark.parametrize("bits", [2, 3, 4])
+@pytest.mark.parametrize("bits", [2, 3, 4, 5])
 def test_no_grid_beside_it_is_better(bits):
     """Neither another step nor two bytes, one on each side, one further out or in, at any step within 1%."""
     own, half = grid(bits), 2 ** (bits - 1)
@@ -78,8 +80,8 @@ def test_no_grid_beside_it_is_better(bits):
 
 
 def test_more_bits_lie_on_no_grid():
-    with pytest.raises(ValueError, match="1, 2, 3, 4 bits lie on a byte grid, those of 5 do not"):
-        grid(5)
+    with pytest.raises(ValueError, match="1, 2, 3, 4, 5 bits lie on a byte grid, those of 6 do not"):
+        grid(6)
 
 
 # The bounds that the project set itself: Lloyd-Max has 0.1175, 0.0345, 0.0095; 3 bits at best 0.0156 (rate-distortion)

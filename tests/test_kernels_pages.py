@@ -13,6 +13,7 @@ import subprocess
 import sys
 from collections import Counter
 from functools import partial
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -37,14 +38,18 @@ from coded_histories import (
     random,
     vectors,
 )
+from kvcompress.kernels.absorb import tile_rows
+from kvcompress.kernels.device import CHIPS
 from kvcompress.kernels.layout import PAGE, BandLayout, Kind
 from kvcompress.kernels.segments import plan
+from kvcompress.kernels.unpack import entry
 
 from kvcompress import backends, bandlayout, packing, reference
 from kvcompress.codecs import SIDES, Codec, Coded, within
 from kvcompress.codecs.trellis import additive_sums, windows
 from kvcompress.fused import Triton
 from kvcompress.kernels import pages as kernel
+from kvcompress.kernels import tiles
 from kvcompress.reference import Mask, Scores
 from kvcompress.store import SLOT_OF
 
@@ -53,25 +58,26 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 SPECS = [
     *(f"trellis{bits}" for bits in (1, 2, 3, 4)),
-    *(f"lloyd{bits}" for bits in (1, 2, 3, 4)),
-    *(f"spectral{bits}" for bits in (1.5, 2, 2.5, 3)),
+    *(f"lloyd{bits}" for bits in (1, 2, 3, 4, 5)),
+    *(f"spectral{bits}" for bits in (1.5, 2, 2.5, 3, 3.5, 4)),
+    *(f"kivi{bits}" for bits in (2, 3, 4, 8)),
     "lowrank32+trellis4",
     "lowrank48+lloyd2",
     "key=trellis2,value=spectral2.5",
+    "key=kivi3,value=spectral2",
 ]
 
 
 @triton.jit
 def tiles_kernel(
-    Base: tl.tensor, Keys: tl.tensor, Values: tl.tensor, head: tl.tensor, R: tl.constexpr, S: tl.constexpr,
-    S0: tl.constexpr, N: tl.constexpr, KIND: tl.constexpr, BITS: tl.constexpr, T: tl.constexpr, CODES: tl.constexpr,
-    AT: tl.constexpr,
+    Base: tl.tensor, Keys: tl.tensor, Values: tl.tensor, head: tl.tensor, R: tl.constexpr, SEGMENTS: tl.constexpr,
+    PART: tl.constexpr,
 ) -> None:  # fmt: skip
     """One segment's tiles, into Keys [64, R] and Values [R, 64]."""
     base = tl.load(Base)
-    n, r = tl.arange(0, 64), AT + tl.arange(0, 16 * N)
-    key = kernel.key_numbers(base, head, S, S0, N, KIND, BITS, T, CODES, False)
-    value = kernel.value_numbers(base, head, S, S0, N, KIND, BITS, T, CODES, False)
+    n, r = tl.arange(0, 64), entry(SEGMENTS, PART, 8) + tl.arange(0, 16 * entry(SEGMENTS, PART, 3))
+    key = tiles.key_numbers(base, head, SEGMENTS, PART, False)
+    value = tiles.value_numbers(base, head, SEGMENTS, PART, False)
     tl.store(Keys + n[:, None] * R + r[None, :], key.to(tl.float32))
     tl.store(Values + r[:, None] * 64 + n[None, :], value.to(tl.float32))
 
@@ -79,9 +85,16 @@ def tiles_kernel(
 class TestInterpreted:
     __test__ = INTERPRETED
 
-    @pytest.mark.parametrize("kind", ["trellis", "lloyd"])
-    @pytest.mark.parametrize("bits", [1, 2, 3, 4])
-    @pytest.mark.parametrize("width", [16, 112])  # one segment of one group; segments of four, two and one
+    @pytest.mark.parametrize(
+        ("kind", "bits"),
+        [
+            *(("trellis", n) for n in (1, 2, 3, 4)),
+            *(("lloyd", n) for n in (1, 2, 3, 4, 5)),
+            *((kind, n) for kind in ("affine_channel", "affine_token") for n in (2, 3, 4, 8)),
+        ],
+    )
+    # one segment of one group; segments of four, two and one, of affine values by groups three of two and one of one
+    @pytest.mark.parametrize("width", [16, 112])
     def test_tiles(self, kind: Kind, bits: int, width: int) -> None:
         """Both tiles hold what the codes stand for, in the plan's order: sums of bytes, in units of 2^-24, exactly."""
         codes = torch.randint(2**bits, (2, PAGE, width), generator=torch.Generator().manual_seed(bits))
@@ -89,19 +102,18 @@ class TestInterpreted:
             own = bandlayout._trellis(bits)
             sums = additive_sums(torch.tensor(own.tables), bits)[windows(codes, bits).long()]
             band = BandLayout(0, width, kind, bits, codes=32, table=own)
-        else:
+        elif kind == "lloyd":
             levels = bandlayout._levels(bits)
             sums = torch.tensor(levels.grid)[codes]
             band = BandLayout(0, width, kind, bits, codes=32, table=levels)
-        made = plan((band,))
+        else:
+            sums, band = codes, BandLayout(0, width, kind, bits, codes=32)
+        made = plan((band,), int(kind == "affine_token"))
         record = torch.cat([torch.full((32,), 255, dtype=torch.uint8), packing.pack(codes, bits).flatten()])
         address = torch.tensor([record.data_ptr()])
         keys, values = torch.full((64, width), -1.0), torch.full((width, 64), -1.0)
-        for _, groups, first, count, number, _, tables, at, column in made.segments:
-            tiles_kernel[(1,)](
-                address, keys, values, 1, R=width, S=groups, S0=first, N=count, KIND=number, BITS=bits, T=tables,
-                CODES=at, AT=column,
-            )  # fmt: skip
+        for part in range(len(made.segments)):
+            tiles_kernel[(1,)](address, keys, values, 1, R=width, SEGMENTS=made.segments, PART=part)
         order = torch.arange(64) % 8 * 8 + torch.arange(64) // 8  # row 8 i + g of keys is token 8 g + i
         slots = torch.tensor([SLOT_OF[token] for token in order.tolist()])  # column n of values: the same token's slot
         assert torch.equal(keys * 2**24, sums[1][order][:, list(made.keys)].float())
@@ -121,6 +133,10 @@ class TestInterpreted:
             (80, 3, 1, "trellis4"),
             (96, 7, 2, "trellis2"),
             (96, 5, 13, "lloyd4"),  # 65 rows: a second tile for one of them
+            (48, 3, 1, "kivi4"),  # groups of 32 and 16 dimensions
+            (96, 1, 5, "kivi3"),
+            (128, 20, 1, "kivi2"),
+            (256, 2, 1, "kivi8"),
             (128, 4, 1, "spectral3"),
             (192, 1, 5, "trellis3"),
             (256, 2, 1, "trellis3"),
@@ -146,20 +162,21 @@ class TestInterpreted:
         """Histories of so many tokens, and ones of which so many are coded, the last page cut short."""
         history = filled("lloyd3", tokens)
         check(history, Chunk.of(history))
-        history = empty("trellis2", window=0)
-        grow(history, 1, 1, 64 * 2 + SINKS, 64)
-        history.crop(128 - tokens)
-        assert history.coded == [tokens]
-        good = expected(history, chunk := Chunk.of(history), Mask(None, True), Scores(0.125))
-        poison(history)
-        check(history, chunk, before=good)
+        for spec in ("trellis2", "kivi3"):
+            history = empty(spec, window=0)
+            grow(history, 1, 1, 64 * 2 + SINKS, 64)
+            history.crop(128 - tokens)
+            assert history.coded == [tokens]
+            good = expected(history, chunk := Chunk.of(history), Mask(None, True), Scores(0.125))
+            poison(history)
+            check(history, chunk, before=good)
 
     def test_a_thousand_tokens(self) -> None:
         history = filled("trellis3", 1000)
         assert history.coded == [960]
         check(history, Chunk.of(history))
 
-    @pytest.mark.parametrize("spec", ["trellis3", "spectral3"])
+    @pytest.mark.parametrize("spec", ["trellis3", "spectral3", "kivi2"])
     def test_pages_cut_short_in_the_middle(self, spec: str) -> None:
         """Three pages, cropped into the second and grown again: what lies beyond its 21 tokens is never seen, nor is
         the third one's record, nor what the table of addresses holds beyond its end.
@@ -221,7 +238,7 @@ class TestInterpreted:
         mask[0, SINKS : SINKS + 64] = False  # all that is coded
         check(history, Chunk.of(history, Q=2), mask)
 
-    @pytest.mark.parametrize("spec", ["trellis3", "spectral3"])
+    @pytest.mark.parametrize("spec", ["trellis3", "spectral3", "kivi4"])
     def test_softcap_and_sinks(self, spec: str) -> None:
         """Scores reach far beyond the cap; one sink takes most of its head's weight, one is none."""
         history = filled(spec, 80)
@@ -242,7 +259,7 @@ class TestInterpreted:
         assert (history.coded, kernel.split_count(2, 3, 4)) == ([192, 64], 3)
         check(history, Chunk.of(history), padding(pads, 205))
 
-    @pytest.mark.parametrize("spec", ["trellis3", "spectral3"])
+    @pytest.mark.parametrize("spec", ["trellis3", "spectral3", "kivi4"])
     def test_half_precision(self, spec: str) -> None:
         history = empty(spec)
         key, value = vectors(1, 1, 80, 64, 1)
@@ -251,9 +268,11 @@ class TestInterpreted:
         check(history, Chunk.of(history, Q=2, dtype=torch.float16))
 
     def test_values_of_very_different_size(self) -> None:
-        """Gains are divided by the first page's largest: the second page's are 1000 times that, or a 1000th."""
-        for factor in (1e3, 1e-3):
-            history = empty("lloyd3")
+        """Gains are divided by the first page's largest, weights lifted where scales are small: the second page's are
+        1000 times those, or a 1000th.
+        """
+        for spec, factor in product(("lloyd3", "kivi2"), (1e3, 1e-3)):
+            history = empty(spec)
             key, value = vectors(1, 1, 140, 64, 1)
             value[:, :, SINKS + 64 :] *= factor
             history.append(key, value * 1e-2, [140])
@@ -266,9 +285,9 @@ class TestInterpreted:
         monkeypatch.setenv(backends.VARIABLE, "triton")
         reasons = {
             "turboquant3": "codes of ",
-            "kivi2": "affine_channel codes of 2 bits, which have no table of bytes",
-            "lloyd5": "lloyd codes of 5 bits, which have no table of bytes",
-            "spectral4": "lloyd codes of 5 bits, which have no table of bytes",
+            "lloyd6": "lloyd codes of 6 bits, which have no table of bytes",
+            "prerope+kivi2": "affine codes where keys are rebuilt and turned",
+            "key=spectral2,value=kivi2": "affine codes where keys are rebuilt and turned",
             "key=trellis3,value=nf4": "codes of ",
             "trellis3/trellis4": "Heads codes heads together",
         }
@@ -337,6 +356,12 @@ def same_codes(codec: Codec, found: Coded, wanted: Coded) -> None:
             assert float((own["gain"] != good["gain"])[alike].float().mean()) < 0.02
 
 
+@pytest.mark.parametrize(("rows", "tile"), [(1, 8), (8, 8), (9, 16), (24, 32), (40, 64), (1000, 64)])
+def test_rows_of_tiles(rows: int, tile: int) -> None:
+    """AMD's matrix instructions take 16 columns."""
+    assert [tile_rows(rows, CHIPS[chip]) for chip in ("sm_90", "gfx942")] == [tile, max(tile, 16)]
+
+
 def interpreted(selection: str) -> None:
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", selection]
     environment = os.environ | {"TRITON_INTERPRET": "1"}
@@ -346,11 +371,11 @@ def interpreted(selection: str) -> None:
     assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
 
 
-QUICK = "test_codecs and (trellis3 or lloyd4)"
+QUICK = "test_codecs and (trellis3 or lloyd4 or kivi3)"
 
 
 @pytest.mark.skipif(INTERPRETED, reason="this is that process")
-def test_two_codecs_under_the_interpreter() -> None:
+def test_some_codecs_under_the_interpreter() -> None:
     interpreted(QUICK)
 
 

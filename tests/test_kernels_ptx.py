@@ -25,7 +25,7 @@ pytest.importorskip("triton", reason="the kernels need Triton")
 
 import triton
 import triton.language as tl
-from kvcompress.kernels.ptx import previous_blocks, program
+from kvcompress.kernels.ptx import AFFINE, LEVELS, TRELLIS, previous_blocks, program
 from kvcompress.kernels.unpack import key_tile, value_tile
 from triton.runtime.interpreter import TensorHandle
 
@@ -35,9 +35,10 @@ from tests.ptx_emulator import Words, lop3, mad_lo, prmt, run, shl, shr
 
 ROOT = Path(__file__).resolve().parents[1]
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-TRELLIS, LEVELS = 0, 1
-KINDS = pytest.mark.parametrize("kind", [TRELLIS, LEVELS], ids=["trellis", "levels"])
-BITS = pytest.mark.parametrize("bits", [1, 2, 3, 4])
+NAMES = {TRELLIS: "trellis", LEVELS: "levels", AFFINE: "affine"}
+CODES = [*((TRELLIS, bits) for bits in range(1, 5)), *((LEVELS, bits) for bits in range(1, 6))]
+CODES += [(AFFINE, bits) for bits in range(1, 9)]
+EACH = pytest.mark.parametrize(("kind", "bits"), CODES, ids=[f"{NAMES[kind]}{bits}" for kind, bits in CODES])
 SIDES = pytest.mark.parametrize("values", [False, True], ids=["keys", "values"])
 
 Bytes = NDArray[np.uint8]
@@ -48,7 +49,9 @@ Sums = NDArray[np.int64]
 
 
 def codes(words: Words, bits: int) -> Sums:
-    """[dimension 4, slot 8, ...] of blocks [bits, ...] (kvcompress/packing.py)."""
+    """[dimension 4, slot 8, ...] of blocks [bits, ...], two planes one after the other (kvcompress/packing.py)."""
+    if bits > 4:
+        return codes(words[:4], 4) + 16 * codes(words[4:], bits - 4)
     nibbles = np.stack([words >> 4 * n & 15 for n in range(8)], axis=1).astype(np.int64)  # [word, n, ...]
     if bits == 1:
         return np.stack([nibbles[0] >> 3 - q & 1 for q in range(4)])
@@ -79,9 +82,14 @@ def fields(window: Sums, bits: int) -> tuple[Sums, ...]:
 
 
 def expected(kind: int, bits: int, tables: Bytes, words: Words) -> Sums:
-    """The sums [dimension 4, slot 8, ...] of blocks; tables [3, 8] of a trellis, levels [1, 8 or 16]."""
+    """The bytes [dimension 4, slot 8, ...] of blocks; tables [3, 8] of a trellis, levels [1, 8 or 16], of five bits the
+    lower half, none of affine codes.
+    """
+    if kind == AFFINE:
+        return codes(words, bits)
     if kind == LEVELS:
-        return tables[0][codes(words[:bits], bits)].astype(np.int64)
+        levels = np.concatenate([tables[0], 255 - tables[0][::-1]]) if bits == 5 else tables[0]
+        return levels[codes(words, bits)].astype(np.int64)
     return sum(table[field].astype(np.int64) for table, field in zip(tables, fields(windows(words, bits), bits),
                                                                      strict=True))  # fmt: skip
 
@@ -103,10 +111,12 @@ def emulated(kind: int, bits: int, tables: Bytes, words: Words, values: bool) ->
 
 
 def random_tables(kind: int, bits: int, generator: np.random.Generator) -> Bytes:
-    """Tables whose largest sum is 127, the largest that is allowed."""
+    """Tables whose largest sum is 127, the largest that is allowed; of five bits the least is 0, and 255 its mirror."""
+    if kind == AFFINE:
+        return np.zeros((0, 8), np.uint8)
     if kind == LEVELS:
-        levels = generator.integers(0, 128, (1, 16 if bits == 4 else 8), dtype=np.uint8)
-        levels[0, generator.integers(2**bits)] = 127
+        levels = generator.integers(0, 128, (1, 16 if bits > 3 else 8), dtype=np.uint8)
+        levels[0, generator.integers(min(2**bits, 16))] = 0 if bits == 5 else 127
         return levels
     tops = np.diff([0, *np.sort(generator.integers(0, 128, 2)), 127])
     tables = np.stack([generator.integers(0, top + 1, 8) for top in tops]).astype(np.uint8)
@@ -196,8 +206,7 @@ def test_emulator_refuses(body: str, message: str):
 
 
 @SIDES
-@BITS
-@KINDS
+@EACH
 def test_program(kind: int, bits: int, values: bool):
     """Of 2048 random blocks, which show every window and every code. Their numbers are the sums' times 2^-24."""
     generator = np.random.default_rng(bits)
@@ -205,23 +214,25 @@ def test_program(kind: int, bits: int, values: bool):
     words = random_words(kind, bits, generator, 2048)
     seen = windows(words, bits) if kind == TRELLIS else codes(words, bits)
     assert len(np.unique(seen)) == (512 if kind == TRELLIS else 2**bits)
+    largest = 2**bits - 1 if kind == AFFINE else 255 if bits == 5 else 127
     good = expected(kind, bits, tables, words)
     found = emulated(kind, bits, tables, words, values)
-    assert good.max() == 127
+    assert good.max() == largest
     assert np.array_equal(found, good)
     assert np.array_equal(found.astype(np.uint16).view(np.float16).astype(np.float64), good * 2.0**-24)
 
 
 @settings(max_examples=60, deadline=None)
 @given(
-    st.sampled_from([TRELLIS, LEVELS]), st.integers(1, 4), st.booleans(), st.tuples(*[st.integers(0, 127)] * 2),
+    st.sampled_from([own for own in CODES if own[0] != AFFINE]), st.booleans(), st.tuples(*[st.integers(0, 127)] * 2),
     st.integers(0, 2**32 - 1), st.data(),
 )  # fmt: skip
-def test_any_table(kind: int, bits: int, values: bool, cuts: tuple[int, int], seed: int, data: st.DataObject):
+def test_any_table(codes: tuple[int, int], values: bool, cuts: tuple[int, int], seed: int, data: st.DataObject):
     """Any bytes do whose sums stay below 128, and so do blocks of which all words are 0 or all ones."""
+    kind, bits = codes
     low, high = sorted(cuts)
     tops = [low, high - low, 127 - high] if kind == TRELLIS else [127]
-    size = 16 if (kind, bits) == (LEVELS, 4) else 8
+    size = 16 if kind == LEVELS and bits > 3 else 8
     rows = [data.draw(st.lists(st.integers(0, top), min_size=size, max_size=size)) for top in tops]
     tables = np.array(rows, np.uint8)
     words = random_words(kind, bits, np.random.default_rng(seed), 34)
@@ -229,22 +240,30 @@ def test_any_table(kind: int, bits: int, values: bool, cuts: tuple[int, int], se
     assert np.array_equal(emulated(kind, bits, tables, words, values), expected(kind, bits, tables, words))
 
 
-@KINDS
-@BITS
+@EACH
 def test_packed(kind: int, bits: int):
     """The program on what `packing.pack` makes of codes, in circular streams, against the codecs' own windows."""
     generator = np.random.default_rng(bits)
     width = 32  # blocks [s < 2][one octet][l < 4]: blocks (s, l) have the dimensions 8l + 4s to 8l + 4s + 3
     plain = torch.from_numpy(generator.integers(0, 2**bits, (8, width), dtype=np.uint8))
-    packed = packing.pack(plain, bits).numpy().view("<u4").reshape(2, 4, bits)
-    in_order = packed.transpose(2, 1, 0).reshape(bits, width // 4)
+    planes = packing.pack(plain, bits).numpy().view("<u4")  # of one plane, or of the low four bits and the others
+    cuts = [4, bits - 4] if bits > 4 else [bits]
+    parts = np.split(planes, [8 * cuts[0]])
+    in_order = np.concatenate(
+        [
+            part.reshape(2, 4, own).transpose(2, 1, 0).reshape(own, width // 4)
+            for part, own in zip(parts, cuts, strict=False)
+        ]
+    )
     words = np.concatenate([np.roll(in_order, back, axis=1) for back in range(1 + previous_blocks(kind, bits))])
     tables = random_tables(kind, bits, generator)
     if kind == TRELLIS:
         chosen = fields(trellis.windows(plain, bits).numpy().astype(np.int64), bits)
         good = sum(table[field].astype(np.int64) for table, field in zip(tables, chosen, strict=True))
     else:
-        good = tables[0][plain.numpy()].astype(np.int64)
+        good = plain.numpy().astype(np.int64)
+        if kind == LEVELS:
+            good = np.concatenate([tables[0], 255 - tables[0][::-1]])[good] if bits == 5 else tables[0][good]
     found = emulated(kind, bits, tables, words, values=False)  # [dimension, slot, block]
     assert np.array_equal(found.transpose(1, 2, 0).reshape(8, width), good)
 
@@ -328,8 +347,7 @@ class TestInterpreted:
     @pytest.mark.parametrize(
         ("n", "values"), [(2, False), (1, True), (4, True)], ids=["keys", "values of one block", "values"]
     )
-    @BITS
-    @KINDS
+    @EACH
     def test_tiles(self, kind: int, bits: int, n: int, values: bool, monkeypatch: pytest.MonkeyPatch):
         """The twin and the PTX make the same tile, which is the one that its docstring says, of 32 N blocks."""
         monkeypatch.setattr(tl, "inline_asm_elementwise", assemble)

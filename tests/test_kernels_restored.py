@@ -33,7 +33,7 @@ from kvcompress.kernels.segments import Plan, plan
 from kvcompress.bandlayout import bands_of
 from kvcompress.codecs import Coded, Geometry, within
 from kvcompress.codecs.scale import LOG
-from kvcompress.kernels import pages, restored, spread
+from kvcompress.kernels import spread, tiles
 from kvcompress.record import RecordLayout
 from kvcompress.spec import CodecSpec
 from kvcompress.store import PAGE, SLOT_OF, SLOTS
@@ -105,7 +105,7 @@ class Pages:
         return cls(
             records,
             Table(addresses, starts, held, counts, P),
-            (plan(bands[0]), plan(bands[1])),  # type: ignore[arg-type]
+            (plan(bands[0], 0), plan(bands[1], 1)),  # type: ignore[arg-type]
             decoded[0].flatten(2, 3),
             decoded[1][:, :, :, list(SLOT_OF)].flatten(2, 3),
             synthesis.expand(1, H, -1, -1),
@@ -213,17 +213,16 @@ def check(
 
 
 @triton.jit
-def segments_kernel(Base, Out, S: tl.constexpr, S0: tl.constexpr, N: tl.constexpr, KIND: tl.constexpr,
-                    BITS: tl.constexpr, T: tl.constexpr, PARTS: tl.constexpr):  # fmt: skip
-    """One segment's tiles as `pages` makes them and as `spread` does, for head 1: Out [4, 16 N, 64]."""
+def segments_kernel(Base, Out, SEGMENT: tl.constexpr, N: tl.constexpr, PARTS: tl.constexpr):
+    """One segment's tiles as `tiles` makes them and as `spread` does, for head 1: Out [4, 16 N, 64]."""
     base, r, n = tl.load(Base), tl.arange(0, 16 * N), tl.arange(0, 64)
     place = Out + r[:, None] * 64 + n[None, :]
-    tl.store(place, tl.trans(pages.key_numbers(base, 1, S, S0, N, KIND, BITS, T, 0, False)).to(tl.float32))
-    tl.store(place + 2 * 1024 * N, pages.value_numbers(base, 1, S, S0, N, KIND, BITS, T, 0, False).to(tl.float32))
+    tl.store(place, tl.trans(tiles.key_numbers(base, 1, SEGMENT, 0, False)).to(tl.float32))
+    tl.store(place + 2 * 1024 * N, tiles.value_numbers(base, 1, SEGMENT, 0, False).to(tl.float32))
     if PARTS > 1:
-        keys = spread.spread_keys(base, 1, S, S0, N, KIND, BITS, T, 0, False, PARTS)
+        keys = spread.spread_keys(base, 1, SEGMENT, 0, False, PARTS)
         tl.store(place + 1024 * N, tl.trans(keys).to(tl.float32))
-    values = spread.spread_values(base, 1, S, S0, N, KIND, BITS, T, 0, False, PARTS)
+    values = spread.spread_values(base, 1, SEGMENT, 0, False, PARTS)
     tl.store(place + 3 * 1024 * N, values.to(tl.float32))
 
 
@@ -241,6 +240,7 @@ class TestInterpreted:
             # segments of 64 and 16 dimensions, half of a chunk of planes, a split without pages
             ("prerope+trellis3", 80, 1, 2, 2, [[64, 5]], 3, "token"),
             ("prerope+lloyd4", 96, 1, 1, 4, [[64], [12]], 1, "token"),
+            ("prerope+spectral4", 64, 1, 4, 1, [[64, 17]], 1, "token"),
             ("prerope+trellis3", 192, 1, 4, 2, [[9]], 1, "token"),
             ("prerope+trellis3", 256, 1, 4, 2, [[9]], 1, "page"),
         ],
@@ -300,15 +300,18 @@ class TestInterpreted:
 
     @pytest.mark.parametrize("PARTS", [1, 2, 4])
     @pytest.mark.parametrize(("N", "S", "S0"), [(1, 3, 1), (2, 2, 0), (4, 5, 1)])
-    @pytest.mark.parametrize(("spec", "bits"), [("trellis", 1), ("trellis", 3), ("trellis", 4), ("lloyd", 2)])
+    @pytest.mark.parametrize(
+        ("spec", "bits"), [("trellis", 1), ("trellis", 3), ("trellis", 4), ("lloyd", 2), ("lloyd", 5)]
+    )
     def test_spread(self, spec: str, bits: int, N: int, S: int, S0: int, PARTS: int):
         """A segment's tiles are the same whatever number of lanes share a block."""
         made = plans_of(f"{spec}{bits}", 16 * S)
-        _, _, _, _, kind, _, tables, _, _ = made.segments[0]
+        band, _, _, _, kind, _, tables, _, at, _ = made.segments[0]
+        segment = band, S, S0, N, kind, bits, tables, 0, at, S
         words = torch.randint(-(2**31), 2**31, (2, S * 32 * bits), generator=torch.Generator().manual_seed(5))
         words = words.int()
         out = torch.full((4, 16 * N, 64), torch.nan)
-        segments_kernel[(1,)](torch.tensor([words.data_ptr()]), out, S, S0, N, kind, bits, tables, PARTS)
+        segments_kernel[(1,)](torch.tensor([words.data_ptr()]), out, (segment,), N, PARTS)
         assert out[0].count_nonzero() > 0
         assert torch.equal(out[0], out[1]) or PARTS == 1
         assert torch.equal(out[2], out[3])
@@ -320,17 +323,12 @@ def plans_of(spec: str, width: int) -> Plan:
     layout = RecordLayout.of({f"key.{name}": x for name, x in codec.encode(page, codec.fit(page)).items()})
     bands = bands_of(codec, 0, layout)
     assert not isinstance(bands, str)
-    return plan(bands)
+    return plan(bands, 0)
 
 
 def test_parts():
     assert [spread.parts(blocks, 128) for blocks in (32, 64, 128, 512)] == [4, 2, 1, 1]
     assert spread.parts(32, 1) == 1
-
-
-@pytest.mark.parametrize(("rows", "tile"), [(1, 8), (8, 8), (9, 16), (24, 32), (40, 64), (1000, 64)])
-def test_tile_rows(rows: int, tile: int):
-    assert restored.tile_rows(rows) == tile
 
 
 @pytest.mark.parametrize(
