@@ -11,6 +11,7 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
+from benchmarks import memory_rows
 from benchmarks.caches import OUR_SIDE, PEER_SIDE
 from benchmarks.log import read
 from benchmarks.pareto import Spread, Summary, best_at, panels, ratio, summarise
@@ -129,12 +130,28 @@ def scaling(results: Path) -> str:
     )
 
 
+def memory(results: Path) -> str:
+    """The largest context of every geometry that was filled with the default spec."""
+    rows = read(results / "memory" / "results.jsonl", memory_rows.Row)
+    own = [row for row in rows if (row.cache, row.status) == (DEFAULT_SPEC, "ok") and row.basis != memory_rows.SLOPE]
+    lines = []
+    for geometry in dict.fromkeys(row.geometry for row in own):
+        most = max((row for row in own if row.geometry == geometry), key=lambda row: row.tokens)
+        assert most.cache_bytes is not None
+        assert most.uncompressed_bytes is not None
+        sizes = [f"{size / 2**30:.2f} GiB" for size in (most.uncompressed_bytes, most.cache_bytes)]
+        times = f"{most.uncompressed_bytes / most.cache_bytes:.2f}x"
+        lines.append([geometry, str(most.basis), f"{most.tokens:,}", *sizes, times, f"{most.bits_per_element:.2f}"])
+    return markdown(["geometry", "filled", "tokens", "bfloat16", "compressed", "smaller", "bits/elem"], 5, lines)
+
+
 #: What every block of README.md is made by.
 BLOCKS: dict[str, Callable[[Path], str]] = {
     "quality": quality,
     "rates": rates,
     "scaling": scaling,
     "embedded": embedded,
+    "memory": memory,
 }
 
 
