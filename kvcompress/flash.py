@@ -18,10 +18,12 @@ def takes(query: Tensor) -> bool:
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
-    """Every query [B, H, n, R_k] attends every token, [B, H, T, R_k] and [B, H, T, R_v], T at least 1.
+    """Every query [B, H, n, R_k] attends every token, [B, H or 1, T, R_k] and [B, H or 1, T, R_v], T at least 1.
 
     Returns (weighted mean [B, H, n, R_v], log-sum-exp [B, H, n, 1]).
     """
+    # one head's codes may stand for all heads (jointrank), which the kernel does not look for
+    key, value = (x.expand(*query.shape[:2], -1, -1) for x in (key, value))
     width, own = query.shape[-1], value.shape[-1]
     if own < width:
         value = pad(value, (0, width - own))

@@ -23,6 +23,19 @@ def test_equals_softmax(rank: int, width: int, queries: int, tokens: int) -> Non
     torch.testing.assert_close(log.double(), scores.logsumexp(-1, keepdim=True), rtol=1e-6, atol=1e-5)
 
 
+@pytest.mark.parametrize("shared", [0, 1])
+def test_one_head_for_all(shared: int) -> None:
+    """Codes of all heads together, as jointrank has them, are one head's to attention."""
+    torch.manual_seed(shared)
+    query, own = torch.randn(2, 3, 70, 32), torch.randn(2, 3, 90, 32)
+    pair = [own, own]
+    pair[shared] = torch.randn(2, 1, 90, 32)
+    mean, log = flash.attend(query, *pair, 0.3)
+    wanted, logs = flash.attend(query, *(x.expand(2, 3, 90, 32).contiguous() for x in pair), 0.3)
+    torch.testing.assert_close(mean, wanted, rtol=0, atol=1e-6)  # float32, another order of sums at most
+    torch.testing.assert_close(log, logs, rtol=0, atol=1e-6)
+
+
 def test_takes_many_queries_on_cpus() -> None:
     assert flash.takes(torch.empty(1, 1, flash.FEWEST, 8))
     assert not flash.takes(torch.empty(1, 1, flash.FEWEST - 1, 8))

@@ -157,7 +157,7 @@ def test_verdicts() -> None:
     short = {**row, "tokens": 4096, "ratio": 1.0}
     batch = {**row, "rows": 8, "ratio": 1.0}
     encode = {"section": "encode", "name": "trellis3 64 pages", "status": "ok", "share_of_prefill": 0.06}
-    assert list(gpu._verdicts([row, short, batch, encode])) == [
+    assert list(gpu.verdicts([row, short, batch, encode])) == [
         "met: decode trellis3 over 131072 tokens: ratio 2.6, wanted at least 2.5",
         "MISSED: encode trellis3 64 pages: share_of_prefill 0.06, wanted at most 0.05",
         "rows: 4 ok",

@@ -262,7 +262,7 @@ def saved(tmp_path: Path) -> Path:
 
 def test_another_version_is_refused(saved: Path):
     rewritten(saved, lambda _, metadata: metadata.update(version="7"))
-    with pytest.raises(ValueError, match="is of version '7', this kvcompress reads version '2'"):
+    with pytest.raises(ValueError, match="is of version '7', this kvcompress reads version '3'"):
         CompressedCache.load(saved, model("llama").config)
 
 
