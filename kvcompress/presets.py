@@ -23,7 +23,7 @@ class Preset:
 
 #: Bits and KL in nats per token: of the embedded model (heads of 64) at 4096 tokens, python -m benchmarks quality.
 PRESETS: dict[str, Preset] = {
-    "quality": Preset("prerope+spectral4", "4.5 bits, KL 5.9e-4: less than any peer's method loses at 5 bits"),
+    "quality": Preset("prerope+spectral4", "4.5 bits, KL 5.6e-4: less than any peer's method loses at 5 bits"),
     "balanced": Preset(
         "prerope+spectral3", "the default; 3.5 bits, KL 1.3e-3: little more than half of TurboQuant's at 4.3"
     ),
