@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 import random
+import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -43,7 +44,7 @@ SPECS = ("spectral4", "spectral3", "spectral2", "trellis3", "turboquant3", "lowr
 RESTART = 16_384
 FIRST = 1024  # the first bucket's end
 DEPTHS = 8  # parts of the document that recall is told for
-LOSSES = "uncompressed.npy"  # the losses that others are compared with, token by token
+SCRATCH = "scratch"  # of the output folder: checkpoints, and the losses that others are compared with
 GAP = 2048  # tokens of text between the last fact and the first question
 
 
@@ -170,8 +171,11 @@ class Run:
 
     def base(self) -> np.ndarray | None:
         """The uncompressed cache's losses, which its run has left in the folder."""
-        path = self.folder / LOSSES
-        return np.load(path) if path.exists() else None
+        return np.load(self._losses) if self._losses.exists() else None
+
+    @property
+    def _losses(self) -> Path:
+        return self.folder / SCRATCH / f"uncompressed-{self.settings.tokens}-{self.settings.seed}.npy"
 
     def measure(self, contender: Contender, restart: int | None) -> None:
         """Add the row of one cache, unless the log has it; a failure is a row too."""
@@ -180,7 +184,7 @@ class Run:
         if self.log.done(row.key) and not (is_base and self.base() is None):
             return
         task = self.progress.add_task(row.name, total=self.settings.tokens)
-        checkpoint = Checkpoint(self.folder / "scratch", row.name)
+        checkpoint = Checkpoint(self.folder / SCRATCH, f"{row.name} {row.tokens} {row.seed}")
 
         def advance(tokens: int) -> None:
             self.progress.advance(task, tokens)
@@ -189,7 +193,8 @@ class Run:
             with contender.attending(self.model):
                 reading = read(self.model, contender, self.found.ids, self.settings.chunk, checkpoint, advance, restart)
             if is_base:
-                np.save(self.folder / LOSSES, reading.loss)
+                self._losses.parent.mkdir(exist_ok=True)
+                np.save(self._losses, reading.loss)
             row = filled(row, reading, self.found, self.questions, None if is_base else self.base())
             checkpoint.remove()
         except (RuntimeError, ValueError, OSError) as error:
@@ -210,7 +215,7 @@ def run(settings: Settings, output: Path, console: Console, fresh: bool = False,
     options = {**asdict(settings), "text": settings.text and str(settings.text)}
     log = open_log(output, "million", MillionRow, settings.of_rows(text), fresh, options=options)
     if fresh:
-        (output / LOSSES).unlink(missing_ok=True)
+        shutil.rmtree(output / SCRATCH, ignore_errors=True)
     with bar(console, 40) as progress:
         job = Run(settings, model, found, questions, log, output, progress)
         job.measure(chosen[0], None)
