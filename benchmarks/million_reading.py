@@ -139,6 +139,8 @@ def read(
             reading.cache = contender.make(model.config)
         start = reading.done
         stop = min(start + step, ids.shape[1])
+        if stop == ids.shape[1] and stop - start > 1:
+            stop -= 1  # the last token alone, as in decoding: sliding layers then let go of their last chunk
         begun = time.perf_counter()
         logits = model(ids[:, start:stop].to(model.device), past_key_values=reading.cache, use_cache=True).logits
         _score(reading, logits[0], ids[0, start + 1 : stop + 1].to(model.device), start)
