@@ -25,7 +25,7 @@ from benchmarks import quick as quick_job
 from benchmarks import static as static_job
 from benchmarks.caches import SPECS
 from benchmarks.frontier_subjects import SUBJECTS
-from benchmarks.options import whole_numbers
+from benchmarks.options import telling_errors, whole_numbers
 from benchmarks.quick import Settings
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
@@ -60,7 +60,7 @@ def quick(
     ),
 ) -> None:
     """Size, perplexity, KL, recall and speed of every cache on held-out text, in about three minutes."""
-    try:
+    with telling_errors():
         settings = Settings(
             model,
             text,
@@ -77,9 +77,6 @@ def quick(
             load_in_4bit,
         )
         quick_job.run(settings, output, Console())
-    except (ValueError, OSError) as error:
-        Console(stderr=True).print(f"Error: {error}", style="red", markup=False, soft_wrap=True)
-        raise typer.Exit(2) from error
 
 
 @app.command()
@@ -106,7 +103,7 @@ def quality(
     ),
 ) -> None:
     """Every codec and rate on one picture, quality against measured bits; a killed run goes on where it was."""
-    try:
+    with telling_errors():
         settings = frontier.Settings(
             tuple(subjects.split()),
             whole_numbers(contexts, "contexts"),
@@ -120,9 +117,6 @@ def quality(
             load_in_4bit,
         )
         frontier.run(settings, output, Console(), fresh=not resume)
-    except (ValueError, OSError) as error:
-        Console(stderr=True).print(f"Error: {error}", style="red", markup=False, soft_wrap=True)
-        raise typer.Exit(2) from error
 
 
 @app.command()
@@ -140,7 +134,7 @@ def static(
 
     Exit status 1: a budget is broken.
     """
-    try:
+    with telling_errors():
         filters = static_job.Filters(
             tuple(arch.split()),
             tuple(kernel.split()),
@@ -149,9 +143,6 @@ def static(
             tuple(module.split()),
         )
         within = static_job.run(filters, as_json)
-    except (ValueError, OSError) as error:
-        Console(stderr=True).print(f"Error: {error}", style="red", markup=False, soft_wrap=True)
-        raise typer.Exit(2) from error
     if not within:
         raise typer.Exit(1)
 
@@ -176,14 +167,11 @@ def gpu(
 
     Exit status 1: a check failed.
     """
-    try:
+    with telling_errors():
         parts = tuple(part.strip() for part in only.split(";") if part.strip())
         settings = gpu_job.Settings(minutes, parts, workers, dry, commit)
         folder = output or (None if dry else Path("benchmarks/results/gpu"))
         rows = gpu_job.perform(settings, folder, Console())
-    except (ValueError, OSError) as error:
-        Console(stderr=True).print(f"Error: {error}", style="red", markup=False, soft_wrap=True)
-        raise typer.Exit(2) from error
     if any(row["status"] == "failed" and row["job"].startswith("check") for row in rows):
         raise typer.Exit(1)
 

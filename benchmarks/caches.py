@@ -94,6 +94,17 @@ class Contender:
         """The spec as JSON has it; None for a cache that has none."""
         return None if self.spec is None else json.loads(self.spec.to_json())
 
+    @property
+    def labels(self) -> dict[str, Any]:
+        """What it is, by the names that rows of results have for that."""
+        return {
+            "cache": self.name,
+            "side": self.side,
+            "family": self.family or self.name,
+            "library": self.library,
+            "spec": self.content,
+        }
+
     @contextmanager
     def attending(self, model: PreTrainedModel) -> Iterator[None]:
         """Within it the model attends as this cache wants it to; its own way is restored afterwards."""

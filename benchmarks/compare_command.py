@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from benchmarks.comparison import as_text, compare
 from benchmarks.measurements import read
+from benchmarks.options import telling_errors
 
 
 def command(
@@ -25,11 +25,8 @@ def command(
 
     Exit status 1: something got worse.
     """
-    try:
+    with telling_errors():
         found = compare(read(old), read(new), tolerance, times)
-    except (ValueError, OSError) as error:
-        Console(stderr=True).print(f"Error: {error}", style="red", markup=False, soft_wrap=True)
-        raise typer.Exit(2) from error
     print(json.dumps(asdict(found)) if as_json else "\n".join(as_text(found)))
     if found.worse:
         raise typer.Exit(1)

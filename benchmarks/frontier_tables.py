@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from benchmarks import tables
 from benchmarks.caches import OUR_SIDE, PEER_SIDE, REFERENCE
 from benchmarks.pareto import AtBits, Panel, Ratio, Spread, Summary, at_bits, best_at, optimal, panels, ratio, summarise
 from benchmarks.rows import Row
@@ -59,8 +60,7 @@ def title(panel: Panel, rows: Sequence[Row]) -> str:
 
 def markdown(heading: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
     """A table whose columns but the first stand right."""
-    ruler = ["---", *["---:"] * (len(heading) - 1)]
-    return "\n".join(f"| {' | '.join(line)} |" for line in (heading, ruler, *lines))
+    return tables.markdown(heading, len(heading) - 1, lines).removesuffix("\n")
 
 
 def written(spread: Spread, form: str, deviation: bool = True) -> str:

@@ -9,6 +9,7 @@ from rich.console import Console
 
 from benchmarks import guard
 from benchmarks.comparison import as_text
+from benchmarks.options import telling_errors
 
 
 def command(
@@ -19,11 +20,8 @@ def command(
 
     Exit status 1: something got worse.
     """
-    try:
+    with telling_errors():
         found = guard.run(tolerance, update, Console())
-    except (ValueError, OSError) as error:
-        Console(stderr=True).print(f"Error: {error}", style="red", markup=False, soft_wrap=True)
-        raise typer.Exit(2) from error
     if found is not None:
         print("\n".join(as_text(found)))
     if found is not None and found.worse:

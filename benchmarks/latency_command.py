@@ -10,7 +10,7 @@ from rich.console import Console
 
 from benchmarks import latency
 from benchmarks.latency import Settings
-from benchmarks.options import whole_numbers
+from benchmarks.options import telling_errors, whole_numbers
 
 
 def command(
@@ -34,7 +34,7 @@ def command(
     ),
 ) -> None:
     """Time to first token and decode speed by context and batch, all caches taking turns on this machine."""
-    try:
+    with telling_errors():
         settings = Settings(
             model,
             load_in_4bit,
@@ -48,6 +48,3 @@ def command(
             seed,
         )
         latency.run(settings, output, Console(), fresh=not resume)
-    except (ValueError, OSError) as error:
-        Console(stderr=True).print(f"Error: {error}", style="red", markup=False, soft_wrap=True)
-        raise typer.Exit(2) from error

@@ -126,21 +126,6 @@ def numbers(found: Mapping[str, Any]) -> dict[str, float]:
     return {name: float(value) for name, value in found.items() if "," in name and isinstance(value, Real)}
 
 
-def filled(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    contender: Contender,
-    manager: Any,
-    settings: Settings,
-    row: Row,
-) -> Row:
-    """The row of a cache, whatever happens: measured, or with a status and a reason."""
-    try:
-        return evaluated(model, tokenizer, contender, manager, settings, row)
-    except Exception as error:  # a cache that breaks is a result to show
-        return failed(row, error)
-
-
 def run(settings: Settings, output: Path, console: Console, fresh: bool = False) -> list[Row]:
     """Measure what is not measured yet, and write everything that the folder `output` then holds.
 
@@ -159,7 +144,11 @@ def run(settings: Settings, output: Path, console: Console, fresh: bool = False)
                 progress.update(under_way, description=f"{task}: {contender.name}")
                 row = empty_row(task, settings.seed, contender)
                 if not log.done(row.key):
-                    log.add(filled(model, tokenizer, contender, manager, settings, row))
+                    try:
+                        row = evaluated(model, tokenizer, contender, manager, settings, row)
+                    except Exception as error:  # a cache that breaks is a result to show
+                        row = failed(row, error)
+                    log.add(row)
                 progress.advance(under_way)
     log.rewrite()
     table = output / "table.md"

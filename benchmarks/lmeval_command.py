@@ -10,6 +10,7 @@ from rich.console import Console
 
 from benchmarks import lmeval
 from benchmarks.lmeval import Settings
+from benchmarks.options import telling_errors
 from kvcompress import DEFAULT_SPEC
 
 
@@ -35,7 +36,7 @@ def command(
     ),
 ) -> None:
     """Tasks of lm-eval through its HFLM, every text read through each cache (pip install -e '.[eval]')."""
-    try:
+    with telling_errors():
         settings = Settings(
             tasks=tuple(tasks.split()),
             specs=tuple(specs.split()),
@@ -50,6 +51,3 @@ def command(
             seed=seed,
         )
         lmeval.run(settings, output, Console(), fresh=not resume)
-    except (ValueError, OSError) as error:
-        Console(stderr=True).print(f"Error: {error}", style="red", markup=False, soft_wrap=True)
-        raise typer.Exit(2) from error

@@ -39,12 +39,4 @@ class Row:
 
 def empty_row(task: str, seed: int, contender: Contender) -> Row:
     """The row of a cache that is not measured yet."""
-    return Row(
-        task,
-        seed,
-        contender.name,
-        contender.side,
-        contender.family or contender.name,
-        contender.library,
-        contender.content,
-    )
+    return Row(task, seed, **contender.labels)

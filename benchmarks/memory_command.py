@@ -10,6 +10,7 @@ from rich.console import Console
 
 from benchmarks import memory
 from benchmarks.memory import Settings
+from benchmarks.options import telling_errors
 from kvcompress.planning import parse_count, parse_size
 
 
@@ -40,7 +41,7 @@ def command(
 
     A later run with more --minutes fills what an earlier one had to leave to the slope.
     """
-    try:
+    with telling_errors():
         settings = Settings(
             tuple(geometries.split()),
             tuple(specs.split()),
@@ -55,6 +56,3 @@ def command(
             seed,
         )
         memory.run(settings, output, Console(), fresh=not resume)
-    except (ValueError, OSError) as error:
-        Console(stderr=True).print(f"Error: {error}", style="red", markup=False, soft_wrap=True)
-        raise typer.Exit(2) from error

@@ -10,6 +10,7 @@ from rich.console import Console
 
 from benchmarks import million
 from benchmarks.million import Settings
+from benchmarks.options import telling_errors
 
 
 def command(
@@ -29,9 +30,6 @@ def command(
     ),
 ) -> None:
     """Perplexity by position and recall by depth in one document of a million tokens, read through each cache."""
-    try:
+    with telling_errors():
         settings = Settings(tuple(specs.split()), tokens, chunk, facts, seed, model, load_in_4bit, text)
         million.run(settings, output, Console(), fresh=not resume)
-    except (ValueError, OSError) as error:
-        Console(stderr=True).print(f"Error: {error}", style="red", markup=False, soft_wrap=True)
-        raise typer.Exit(2) from error

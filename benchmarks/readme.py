@@ -78,8 +78,9 @@ def rates(results: Path) -> str:
         ours, peer = best_at(rows, OUR_SIDE, bits), best_at(rows, PEER_SIDE, bits)
         found = ratio(ours, peer) if ours is not None and peer is not None else None
         over.append("-" if found is None else f"{found.mean:.2f}")
-    loss = {each.cache: each.loss or 0.0 for each in summarise(rows)}
-    bits_of = {each.cache: each.bits or 0.0 for each in summarise(rows)}
+    summaries = summarise(rows)
+    loss = {each.cache: each.loss or 0.0 for each in summaries}
+    bits_of = {each.cache: each.bits or 0.0 for each in summaries}
     mixed, best, after, plain = "prerope+lowrank48+trellis4", "prerope+spectral3", "lowrank48+trellis4", "trellis4"
     return (
         f"* At equal bits the best of ours has {', '.join(over[:-1])} and {over[-1]} of the best peer's KL at "

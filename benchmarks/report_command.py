@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from benchmarks.options import telling_errors
 from benchmarks.report import job
 from benchmarks.report.job import Settings
 from kvcompress.planning import parse_size
@@ -26,9 +27,6 @@ def command(
     ),
 ) -> None:
     """One page (HTML without anything to load, and Markdown) of all that was measured, and of what was not."""
-    try:
+    with telling_errors():
         settings = Settings(tuple(paths or Settings.paths), parse_size(gpu))
         job.run(settings, output, Console())
-    except (ValueError, OSError) as error:
-        Console(stderr=True).print(f"Error: {error}", style="red", markup=False, soft_wrap=True)
-        raise typer.Exit(2) from error

@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 from rich.table import Table
 
 import kvcompress
+from benchmarks.tables import markdown
 
 AnyRow = TypeVar("AnyRow")
 
@@ -152,8 +153,7 @@ def rich_tables(results: Sequence[Result], title: str, width: int) -> list[Table
 
 def markdown_table(results: Sequence[Result]) -> str:
     headings = ["cache", *(heading for heading, _, _ in COLUMNS)]
-    lines = [headings, ["---", *["---:"] * len(COLUMNS)], *map(cells, results)]
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+    return markdown(headings, len(COLUMNS), [cells(row) for row in results])
 
 
 def family(row: Result) -> str:

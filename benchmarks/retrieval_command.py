@@ -10,7 +10,7 @@ from rich.console import Console
 
 from benchmarks import retrieval
 from benchmarks.haystack import TASKS
-from benchmarks.options import whole_numbers
+from benchmarks.options import telling_errors, whole_numbers
 from benchmarks.retrieval import SPECS, Settings
 
 
@@ -43,7 +43,7 @@ def command(
     ),
 ) -> None:
     """What can still be found in a long text: needles by length and depth, many keys, many values, variables."""
-    try:
+    with telling_errors():
         settings = Settings(
             tasks=tuple(tasks.split()),
             lengths=whole_numbers(lengths, "lengths"),
@@ -60,6 +60,3 @@ def command(
             hops=hops,
         )
         retrieval.run(settings, output, Console(), fresh=not resume)
-    except (ValueError, OSError) as error:
-        Console(stderr=True).print(f"Error: {error}", style="red", markup=False, soft_wrap=True)
-        raise typer.Exit(2) from error

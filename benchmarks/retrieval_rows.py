@@ -44,14 +44,4 @@ class Row:
 
 def empty_row(task: str, tokens: int, depth: float | None, seed: int, contender: Contender) -> Row:
     """The row of a cache that is not measured yet."""
-    return Row(
-        task,
-        tokens,
-        depth,
-        seed,
-        contender.name,
-        contender.side,
-        contender.family or contender.name,
-        contender.library,
-        contender.content,
-    )
+    return Row(task, tokens, depth, seed, **contender.labels)

@@ -54,13 +54,4 @@ class Row:
 
 def empty_row(subject: str, context: int, seed: int, contender: Contender) -> Row:
     """The row of a cache that is not measured yet."""
-    return Row(
-        subject,
-        context,
-        seed,
-        contender.name,
-        contender.side,
-        contender.family or contender.name,
-        contender.library,
-        contender.content,
-    )
+    return Row(subject, context, seed, **contender.labels)

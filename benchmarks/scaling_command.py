@@ -9,6 +9,7 @@ import typer
 from rich.console import Console
 
 from benchmarks import scaling
+from benchmarks.options import telling_errors
 from benchmarks.scaling import Settings
 
 
@@ -29,8 +30,5 @@ def command(
     ),
 ) -> None:
     """Quality against bits, rank, context and position: lines fitted to the results of quality and million."""
-    try:
+    with telling_errors():
         scaling.run(Settings(quality, million, tuple(subjects.split())), output, Console(), coefficients)
-    except (ValueError, OSError) as error:
-        Console(stderr=True).print(f"Error: {error}", style="red", markup=False, soft_wrap=True)
-        raise typer.Exit(2) from error

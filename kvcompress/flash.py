@@ -1,7 +1,4 @@
-"""Attention with its log-sum-exp by PyTorch's fused kernel for CPUs, which never holds the scores.
-
-The reference spends most of a long chunk's time on scores that are written, exponentiated and read again.
-"""
+"""Attention with its log-sum-exp by PyTorch's fused kernel for CPUs, which never holds the scores."""
 
 from __future__ import annotations
 
@@ -9,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-FEWEST = 64  # queries; below, one product of matrices is as fast
+FEWEST = 64  # queries: of a chunk, not of a decode step
 
 
 def takes(query: Tensor) -> bool:

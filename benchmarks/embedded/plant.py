@@ -24,6 +24,17 @@ def orthogonal(rows: int, columns: int, generator: torch.Generator) -> Tensor:
     return torch.linalg.qr(torch.randn(columns, rows, generator=generator))[0].mT
 
 
+def one_before(width: int, theta: float, sharp: float) -> tuple[Tensor, Tensor]:
+    """Constant (query, key) [width], whose product under RoPE is largest one token apart, by about `sharp` logits."""
+    angles = theta ** (-torch.arange(0, 2 * FAST_PAIRS, 2) / width)
+    strength = (sharp * width**0.5 / (1 - torch.cos(angles)).sum()).sqrt()
+    key, query = torch.zeros(width), torch.zeros(width)
+    key[:FAST_PAIRS] = strength
+    query[:FAST_PAIRS] = strength * torch.cos(angles)
+    query[width // 2 : width // 2 + FAST_PAIRS] = -strength * torch.sin(angles)
+    return query, key
+
+
 @torch.no_grad()
 def plant_previous_token_head(model: LlamaForCausalLM, generator: torch.Generator) -> None:
     """Overwrite the last KV head of the first layer, and its query heads.
@@ -37,18 +48,13 @@ def plant_previous_token_head(model: LlamaForCausalLM, generator: torch.Generato
     groups = config.num_attention_heads // config.num_key_value_heads
     head = slice((config.num_key_value_heads - 1) * width, None)
     queries = slice((config.num_attention_heads - groups) * width, None)
-    angles = config.rope_parameters["rope_theta"] ** (-torch.arange(0, 2 * FAST_PAIRS, 2) / width)
 
     embedding, layer = model.model.embed_tokens.weight, model.model.layers[0]
     rows = embedding / embedding.square().mean(dim=1, keepdim=True).sqrt()
     # read . row is about 1 for all tokens
     read = torch.linalg.lstsq(rows, torch.ones(len(rows), 1)).solution.squeeze(1)
     read = read / layer.input_layernorm.weight
-    strength = (SHARP * width**0.5 / (1 - torch.cos(angles)).sum()).sqrt()
-    key, query = torch.zeros(width), torch.zeros(width)
-    key[:FAST_PAIRS] = strength
-    query[:FAST_PAIRS] = strength * torch.cos(angles)
-    query[width // 2 : width // 2 + FAST_PAIRS] = -strength * torch.sin(angles)
+    query, key = one_before(width, config.rope_parameters["rope_theta"], SHARP)
 
     attention = layer.self_attn
     attention.k_proj.weight[head] = torch.outer(key, read)

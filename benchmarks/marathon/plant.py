@@ -9,12 +9,14 @@ here last, and copies what follows.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from transformers import SmolLM3ForCausalLM
 from transformers.models.smollm3.modeling_smollm3 import SmolLM3DecoderLayer
 
-from benchmarks.embedded.plant import FAST_PAIRS, orthogonal
+from benchmarks.embedded.plant import one_before, orthogonal
 
 SHARP = 60.0  # logits between the previous token and its neighbours, about
 STRENGTH = 6.0  # of what is carried on, in units of its code
@@ -98,16 +100,11 @@ def _inputs(model: SmolLM3ForCausalLM, layer: int, sample: Tensor) -> Tensor:
 
 def _look_before(model: SmolLM3ForCausalLM, layer: int, sample: Tensor) -> None:
     """Let a layer's queries and keys hold a constant each, which RoPE makes agree best for the token before."""
-    config, own = model.config, model.model.layers[layer]
-    width = config.head_dim
-    angles = config.rope_parameters["rope_theta"] ** (-torch.arange(0, 2 * FAST_PAIRS, 2) / width)  # type: ignore[index]
+    config: Any = model.config  # its sizes are optional to the type checker, but a built model has them all
+    own = model.model.layers[layer]
     rows = _inputs(model, layer, sample)
     read = torch.linalg.lstsq(rows, torch.ones(len(rows), 1)).solution.squeeze(1)  # read . row is about 1
     read = read / own.input_layernorm.weight
-    strength = (SHARP * width**0.5 / (1 - torch.cos(angles)).sum()).sqrt()
-    key, query = torch.zeros(width), torch.zeros(width)
-    key[:FAST_PAIRS] = strength
-    query[:FAST_PAIRS] = strength * torch.cos(angles)
-    query[width // 2 : width // 2 + FAST_PAIRS] = -strength * torch.sin(angles)
+    query, key = one_before(config.head_dim, config.rope_parameters["rope_theta"], SHARP)
     own.self_attn.k_proj.weight.copy_(torch.outer(key, read))
     own.self_attn.q_proj.weight.copy_(torch.outer(query, read))

@@ -1,7 +1,7 @@
 """Train the marathon model: ``python -m benchmarks.marathon.train BOOKS --work DIR``.
 
 It begins with the embedded model's weights (`model.begin_from`) and its tokenizer and text, at half the learning rate.
-After 450 steps, which did not teach it to look back (no recall at any length), a look-up is planted (`plant`). It ends
+After 450 steps a look-up is planted (`plant`), since a single head does not soon learn to look back by itself. It ends
 on documents of 16,384 tokens, whose facts are stated thousands of tokens before they are asked for. The shipped weights
 come from a run to which the phases from the planting on were added when the first 450 steps were done, their learning
 rate having fallen to zero.
