@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ Line = Mapping[str, Any]
 #: What names a measurement, in the order in which it is told.
 IDENTITY = (
     "job", "section", "name", "subject", "geometry", "task", "kernel", "codec", "arch", "head_dim", "variant",
-    "context", "tokens", "batch", "rows", "depth", "restart", "chunk", "basis",
+    "context", "tokens", "bits", "batch", "rows", "depth", "restart", "chunk", "basis",
 )  # fmt: skip
 
 #: Settings that say how much was measured or for how long, and not what a number means.
@@ -24,8 +23,6 @@ NO_MATTER = {"baselines", "repetitions", "steps", "minutes", "workers", "resume"
 
 #: The benchmarks whose lines do not say which they are of, by fields that only they have.
 UNNAMED = {
-    "static": {"kernel", "arch", "registers"},
-    "prefill_memory": {"spec", "peak", "uncompressed"},
     "gpu": {"job", "section", "name"},
 }
 
@@ -67,7 +64,7 @@ def read(path: Path) -> dict[Identity, Measurement]:
     files = sorted(path.rglob("*.jsonl")) if path.is_dir() else [path]
     found: dict[Identity, dict[int, Line]] = {}
     for file in files:
-        for line in numbered(readable(file.read_text("utf-8").splitlines())):
+        for line in readable(file.read_text("utf-8").splitlines()):
             if benchmark(line) in DERIVED:
                 continue
             name, seed = identity(line, file), seed_of(line)
@@ -79,19 +76,6 @@ def read(path: Path) -> dict[Identity, Measurement]:
         where = ", ".join(map(str, files)) or "any .jsonl"
         raise ValueError(f"{path} holds no measurements: no line of JSON in {where}, or only of {', '.join(DERIVED)}")
     return {name: Measurement(name, lines) for name, lines in found.items()}
-
-
-def numbered(lines: Iterable[Line]) -> list[Line]:
-    """The lines; those of `static`, which has several variants of a kernel, with the number of their variant."""
-    seen: Counter[tuple[Any, ...]] = Counter()
-    found = []
-    for line in lines:
-        if benchmark(line) == "static":
-            kind = tuple(line.get(name) for name in ("kernel", "codec", "arch", "head_dim"))
-            seen[kind] += 1
-            line = {**line, "variant": seen[kind]}
-        found.append(line)
-    return found
 
 
 def benchmark(line: Any) -> str | None:
@@ -124,8 +108,8 @@ def identity(line: Line, file: Path) -> Identity:
 def named_by(line: Line, benchmark: str) -> list[str]:
     """The fields that a line's identity is made of.
 
-    A spec as JSON is what the cache's name stands for, so it counts where there is no such name; `prefill_memory` calls
-    its number of bytes `cache`. Options are launch options in `gpu`, those of the whole run elsewhere.
+    A spec as JSON is what the cache's name stands for, so it counts where there is no such name. Options are launch
+    options in `gpu`, those of the whole run elsewhere.
     """
     cache = "cache" if isinstance(line.get("cache"), str) else "spec"
     own = ["programs", "options"] if benchmark == "gpu" else []

@@ -65,6 +65,10 @@ METRICS: tuple[tuple[str, Metric], ...] = (
     (r"kl_mean", Metric(False, 0.05, 1e-6)),  # below 1e-6 lies the rounding of exact caches
     (r"kl_p99", Metric(False, 0.1, 1e-6)),
     (r"output_error", Metric(False, 0.05)),
+    (r"capacity(_ratio)?", Metric(True, ROUNDING)),
+    (r"(greedy|repeated|top)_share", SHARE),
+    (r"logprob_magnitude", Metric(False, 0.05)),
+    (r"trellis|lloyd", Metric(False, 0.01)),  # their errors on Gaussians
     (r"top1_agreement", Metric(True, 0.0, 0.005)),
     (r"(\w+_)?recall(_by_\w+)?", SHARE),
     (r"greedy_tokens", Metric(True, 0.1, 2.0)),  # one flipped choice ends a path
@@ -84,7 +88,7 @@ METRICS: tuple[tuple[str, Metric], ...] = (
 NEUTRAL = re.compile(
     r"scored\w*|(\w+_)?questions|seconds|first_seconds|repetitions|uncompressed(_bytes)?|bfloat16_bytes|increase_by_\w+"
     r"|error|allowed|largest|distortion\w*|coded_tokens|sets|pages|programs|identical|\w+_q[13]|\w+_spread_us|mean_us"
-    r"|slowest_us|busy_us|kernels\w*|share_of_prefill|num_warps|num_stages|elements|shared_limit|loop_instructions"
+    r"|bound|cached|logprob_mean|slowest_us|busy_us|kernels\w*|share_of_prefill|num_warps|num_stages|elements|shared_limit|loop_instructions"
     r"|unrolled|cores|threads|layer_tokens_per_second|parameters|minutes|coded|cut|groups|heads|queries|softcap"
 )
 

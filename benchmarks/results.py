@@ -19,7 +19,7 @@ from benchmarks.tables import markdown
 
 AnyRow = TypeVar("AnyRow")
 
-PACKAGES = ("torch", "transformers", "optimum-quanto", "hqq", "bitsandbytes")
+PACKAGES = ("torch", "triton", "transformers", "optimum-quanto", "hqq", "bitsandbytes")
 
 
 @dataclass(frozen=True)

@@ -9,18 +9,20 @@ Kernels are found by themselves: every module in kernels/ that offers `variants(
 
 from __future__ import annotations
 
-import json
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from multiprocessing import get_context
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
 from benchmarks.compiling import CHIPS, Code, compile_variant, forbid_interpreter, offering
+from benchmarks.log import open_log
 from benchmarks.machine_code import CLASSES
 from benchmarks.progress import bar
 
@@ -40,8 +42,9 @@ class Filters:
 
 @dataclass(frozen=True)
 class Row:
-    """One variant on one chip; the numbers are None where `error` says that it was not compiled.
+    """One variant on one chip; status: "ok", or "failed" with a `reason` where it does not compile: no numbers then.
 
+    variant: counts those of the same kernel, codec, head_dim and chip, from 1; `constants` say what they differ in.
     registers, spills, spill_detail: as in `compiling.Code`. shared_bytes, shared_limit: of one program.
     loop_instructions: of the main loop, as compiled; unrolled: how many iterations of the kernel's own it does, None
     where that cannot be told. lane_instructions_per_element and, class by class, by_class: None there too, and where
@@ -59,7 +62,9 @@ class Row:
     elements: int
     constants: dict[str, Any]
     shared_limit: int
-    error: str | None = None
+    variant: int = 1
+    status: str = "ok"
+    reason: str | None = None
     registers: int | None = None
     spills: int | None = None
     spill_detail: dict[str, int] = field(default_factory=dict)
@@ -72,6 +77,10 @@ class Row:
     other_loops: tuple[dict[str, int], ...] = ()
     i2f: int | None = None
     over_budget: tuple[str, ...] = ()
+
+    @property
+    def key(self) -> tuple[str, str, str, int, int]:
+        return self.kernel, self.codec, self.arch, self.head_dim, self.variant
 
 
 @dataclass(frozen=True)
@@ -121,18 +130,20 @@ BUDGETS = (
 )
 
 
-def run(filters: Filters, as_json: bool) -> bool:
-    """Print a table, or a JSON object a line as they come, and return whether all budgets hold.
+def run(filters: Filters, output: Path) -> bool:
+    """Print a table, add the rows to OUTPUT/results.jsonl, and return whether all budgets hold.
 
     Raises ValueError where TRITON_INTERPRET is set and where no variant fits the filters.
     """
+    log = open_log(output, "static", Row, {})
     rows = []
     for row in measure(filters, Console(stderr=True)):
         rows.append(row)
-        if as_json:
-            print(json.dumps(asdict(row), default=str), flush=True)
-    if not as_json:
-        Console().print(table(rows))
+        log.add(row)
+    log.rewrite()
+    console = Console()
+    console.print(table(rows))
+    console.print(f"Written: {log.path}", markup=False, soft_wrap=True)
     return not any(row.over_budget for row in rows)
 
 
@@ -176,28 +187,20 @@ def select(jobs: Sequence[Job], filters: Filters) -> list[Job]:
 
 def _jobs(modules: Sequence[str]) -> list[Job]:
     """Where each variant is found, the module's name and its number there, and its empty row for each of its chips."""
-    return [
-        (
-            (module, number),
-            Row(
-                variant.kernel,
-                variant.codec,
-                arch,
-                variant.head_dim,
-                variant.num_warps,
-                variant.num_stages,
-                variant.elements,
-                {
-                    name: value if isinstance(value, (int, float)) else str(value)
-                    for name, value in variant.constants.items()
-                },
-                CHIPS[arch].shared_limit,
-            ),
-        )
-        for module, variants in _offering(tuple(modules)).items()
-        for number, variant in enumerate(variants)
-        for arch in variant.archs
-    ]
+    seen: Counter[tuple[str, str, str, int, int]] = Counter()
+    jobs = []
+    for module, variants in _offering(tuple(modules)).items():
+        for number, variant in enumerate(variants):
+            constants = {
+                name: value if isinstance(value, (int, float)) else str(value)
+                for name, value in variant.constants.items()
+            }
+            shape = variant.head_dim, variant.num_warps, variant.num_stages, variant.elements
+            for arch in variant.archs:
+                row = Row(variant.kernel, variant.codec, arch, *shape, constants, CHIPS[arch].shared_limit)
+                seen[row.key] += 1
+                jobs.append(((module, number), replace(row, variant=seen[row.key])))
+    return jobs
 
 
 @lru_cache
@@ -211,7 +214,7 @@ def _measure(modules: Sequence[str], module: str, number: int, row: Row) -> Row:
         return judged(filled(row, compile_variant(variant, row.arch)))
     except Exception as error:  # whatever a compiler raises is a result of this one variant, and said in its row
         reason = f"{type(error).__name__}: {str(error).strip()[:300]}"
-        return replace(row, error=reason, over_budget=(f"does not compile: {reason}",))
+        return replace(row, status="failed", reason=reason, over_budget=(f"does not compile: {reason}",))
 
 
 def filled(row: Row, code: Code) -> Row:

@@ -15,8 +15,8 @@ import torch
 import typer
 from torch import Tensor
 
+from benchmarks.code_error import measure
 from kvcompress.codecs import trellis
-from kvcompress.codecs.lloyd import LloydMax
 
 TARGET = Path(trellis.__file__).with_name("trellis_tables.json")
 WIDTH, VECTORS, ROUNDS, STARTS, SEED = 128, 500, 40, 40, 20261122
@@ -81,14 +81,6 @@ def to_bytes(tables: Tensor, bits: int, generator: torch.Generator) -> dict[str,
     return found
 
 
-def error_of(bits: int) -> tuple[float, float]:
-    """Mean squared error of trellis and Lloyd-Max codes, each vector with its gain, on fresh unit-Gaussian vectors."""
-    vectors = torch.randn(1, 1, 4096, WIDTH, generator=torch.Generator().manual_seed(SEED + 1))
-    quantisers = trellis.Trellis(bits), LloydMax(bits)
-    errors = [(vectors - q.decode(q.encode(vectors), WIDTH)).square().mean().item() for q in quantisers]
-    return errors[0], errors[1]
-
-
 def main(bits: Annotated[list[int], typer.Option(help="bit counts to search for")] = [1, 2, 3, 4]) -> None:  # noqa: B006
     """Search, write the tables, and print what they reach."""
     found = json.loads(TARGET.read_text()) if TARGET.exists() else {}
@@ -97,8 +89,8 @@ def main(bits: Annotated[list[int], typer.Option(help="bit counts to search for"
         found[str(count)] = to_bytes(search(count, generator), count, generator)
     TARGET.write_text(json.dumps(found, indent=1, sort_keys=True) + "\n")
     for count in bits:
-        ours, lloyd = error_of(count)
-        print(f"{count} bits: additive trellis {ours:.4f}, Lloyd-Max {lloyd:.4f}", flush=True)
+        row = measure(count)
+        print(f"{count} bits: additive trellis {row.trellis:.4f}, Lloyd-Max {row.lloyd:.4f}", flush=True)
 
 
 if __name__ == "__main__":

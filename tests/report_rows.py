@@ -8,7 +8,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from benchmarks import latency_rows, lmeval_rows, memory_rows, million_rows, retrieval_rows, rows, scaling_rows
+from benchmarks import latency_rows, lmeval_rows, memory_rows, million_rows, retrieval_rows, rows, scaling_rows, static
 from benchmarks.caches import UNCOMPRESSED, compressed, quantized
 from benchmarks.report.quick import QuickRow
 from benchmarks.timing import Quartiles
@@ -188,8 +188,20 @@ def gpu(folder: Path) -> Path:
     return path
 
 
+def compiled(folder: Path) -> Path:
+    base = static.Row(
+        "decode", "-", "sm_90", 128, num_warps=4, num_stages=3, elements=8192, constants={}, shared_limit=1
+    )
+    over: dict[str, Any] = {"spills": 4, "over_budget": ("spills is 4, at most 0 is allowed",)}
+    found = [
+        replace(base, codec="lloyd3", lane_instructions_per_element=2.2, registers=128, spills=0),
+        replace(base, codec="trellis3", lane_instructions_per_element=3.1, registers=255, **over),
+    ]
+    return write(folder / "static" / "results.jsonl", "static", found, settings={})
+
+
 def everything(folder: Path) -> Path:
     """All of them in a folder."""
-    for make in (quality, million, memory, retrieval, latency, lmeval, quick, gpu, scaling):
+    for make in (quality, million, memory, retrieval, latency, lmeval, quick, gpu, compiled, scaling):
         make(folder)
     return folder

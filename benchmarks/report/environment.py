@@ -22,7 +22,8 @@ NO_OPTIONS = {"spectra"}
 #: What makes rows that do not say their settings.
 BARE = {
     "gpu": "python -m benchmarks gpu",
-    "static": "python -m benchmarks static --json",
+    "static": "python -m benchmarks static",
+    "code_error": "python -m benchmarks.code_error",
     "embedded": "python -m benchmarks.embedded.report BOOK --output FILE",
 }
 
@@ -78,7 +79,8 @@ def command_of(source: Source, line: Mapping[str, Any]) -> list[str]:
     if source.benchmark in BARE:
         return [BARE[source.benchmark]]
     if source.benchmark == "prefill_memory":
-        return [f"python -m benchmarks.prefill_memory --spec {shlex.quote(line['spec'])} --tokens {line['tokens']}"]
+        words = ["python", "-m", "benchmarks.prefill_memory", "--spec", line["cache"], "--tokens", str(line["tokens"])]
+        return [shlex.join([*words, "--chunk", str(line["chunk"])])]
     options = line.get("options") or line.get("settings") or {}
     words = ["python", "-m", "benchmarks", source.benchmark]
     for name, value in options.items():

@@ -1,9 +1,11 @@
-"""Short sections: lm-eval's tasks, the rise of memory during a prefill, the embedded model itself."""
+"""Short sections: lm-eval's tasks, the rise of memory during a prefill, the codes alone, the embedded model itself."""
 
 from __future__ import annotations
 
 from benchmarks import lmeval_tables
+from benchmarks.code_error import ErrorRow
 from benchmarks.lmeval_rows import Row as TaskRow
+from benchmarks.prefill_memory import PrefillRow
 from benchmarks.report.parts import Part, Table
 from benchmarks.report.sources import Source
 from benchmarks.tables import markdown
@@ -12,6 +14,8 @@ LMEVAL = """Tasks of lm-eval, every text read through the cache. Where the share
 little about a cache."""
 PREFILL = """A prompt goes through our cache chunk by chunk, and the process's memory is watched: it should never come
 near what the uncompressed cache alone would take."""
+CODES = """The scalar and trellis codes by themselves, on vectors of unit Gaussians, beside what rate-distortion theory
+says that no code can fall below."""
 EMBEDDED = """The small model that ships with the package, and that everything above is measured on where no other is
 named: what it can do at all, uncompressed."""
 
@@ -31,18 +35,28 @@ def lmeval(source: Source) -> Part:
 
 def prefill_memory(source: Source) -> Part:
     said, lines = [], []
-    for line in source.lines:
-        share = line["peak"] / line["uncompressed"]
+    for row in source.rows(PrefillRow):
         said.append(
-            f"A prefill of {line['tokens']:,} tokens with {line['spec']} raised the process's memory by "
-            f"{line['peak'] / 1e6:,.0f} MB at most, {share:.0%} of the {line['uncompressed'] / 1e6:,.0f} MB of the "
-            "uncompressed cache alone."
+            f"A prefill of {row.tokens:,} tokens with {row.cache} raised the process's memory by "
+            f"{row.peak_bytes / 1e6:,.0f} MB at most, {row.peak_bytes / row.uncompressed_bytes:.0%} of the "
+            f"{row.uncompressed_bytes / 1e6:,.0f} MB of the uncompressed cache alone."
         )
-        sizes = (f"{line[name] / 1e6:,.1f}" for name in ("peak", "cache", "uncompressed"))
-        lines.append([line["spec"], f"{line['tokens']:,}", f"{line['chunk']:,}", *sizes])
-    headings = ["spec", "tokens", "chunk", "most above the start, MB", "cache, MB", "uncompressed cache, MB"]
+        sizes = (f"{size / 1e6:,.1f}" for size in (row.peak_bytes, row.cache_bytes, row.uncompressed_bytes))
+        lines.append([row.cache, f"{row.tokens:,}", f"{row.chunk:,}", *sizes])
+    headings = ["cache", "tokens", "chunk", "most above the start, MB", "cache, MB", "uncompressed cache, MB"]
     table = Table("Memory during a prefill", markdown(headings, 5, lines))
     return Part(said[0], tuple(said[1:]), (), (table,))
+
+
+def code_error(source: Source) -> Part:
+    rows = source.rows(ErrorRow)
+    lines = [[str(row.bits), *(f"{error:.4f}" for error in (row.trellis, row.lloyd, row.bound))] for row in rows]
+    shares = [row.trellis / row.lloyd for row in rows]
+    headline = (
+        f"The trellis code's squared error is {min(shares):.0%} to {max(shares):.0%} of Lloyd-Max's at equal bits."
+    )
+    table = Table("Mean squared error", markdown(["bits", "trellis", "Lloyd-Max", "bound"], 4, lines))
+    return Part(headline, (), (), (table,))
 
 
 def embedded(source: Source) -> Part:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
-from benchmarks.report import gpu, latency, memory, million, others, quality, quick, retrieval, scaling
+from benchmarks.report import gpu, latency, memory, million, others, quality, quick, retrieval, scaling, static
 from benchmarks.report.parts import Part, Section
 from benchmarks.report.sources import Source
 
@@ -39,6 +39,7 @@ def chapters(device: int) -> tuple[Chapter, ...]:
         Chapter("lmeval", "Tasks of lm-eval", others.LMEVAL, others.lmeval, "what published tasks say"),
         Chapter("latency", "Speed", latency.ABOUT, latency.part, "time to first token and decode speed"),
         Chapter("gpu", "Kernels on a GPU", gpu.ABOUT, gpu.part, "whether the kernels are right and fast on a GPU"),
+        Chapter("static", "Kernels as compiled", static.ABOUT, static.part, "what the kernels cost as compiled"),
         Chapter("quick", "A quick look", quick.ABOUT, quick.part, "size, quality and speed at a glance"),
         Chapter(
             "prefill_memory",
@@ -47,6 +48,7 @@ def chapters(device: int) -> tuple[Chapter, ...]:
             others.prefill_memory,
             "how far a prefill rises",
         ),
+        Chapter("code_error", "The codes alone", others.CODES, others.code_error, "how far the codes are from theory"),
         Chapter("embedded", "The embedded model", others.EMBEDDED, others.embedded, "what the small model can do"),
     )
 
