@@ -1,0 +1,86 @@
+"""The row of `python -m benchmarks soak`, and its table.md."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from benchmarks.soak_slope import Slope
+from benchmarks.tables import markdown
+
+#: What is compared: its name, and its key in the server's numbers.
+COUNTS = {
+    "requests answered (200)": ("requests_total", "200"),
+    "requests refused (400)": ("requests_total", "400"),
+    "requests cancelled (499)": ("requests_total", "499"),
+    "requests failed (500)": ("requests_total", "500"),
+    "prompt tokens of answers": ("prompt_tokens_total", "200"),
+    "generated tokens of answers": ("generated_tokens_total", "200"),
+}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One soak. status: "ok", "lost" or "disagreement", with a `reason`.
+
+    requests: by kind. client, server: counts by name (COUNTS). lost: requests that went otherwise than they should.
+    rss_*: bytes a minute of the server process, cache_*: of the caches of running requests, each with the ends of its
+    95% confidence interval (_low, _high), over the samples after the start. rss_mean, cache_peak: bytes.
+    """
+
+    spec: str
+    seconds: float
+    samples: int
+    requests: dict[str, int]
+    client: dict[str, int]
+    server: dict[str, int]
+    lost: int
+    prefix_hits: int
+    rss_mean: float
+    rss_slope: float
+    rss_low: float
+    rss_high: float
+    cache_peak: float
+    cache_slope: float
+    cache_low: float
+    cache_high: float
+    cache_at_end: float
+    status: str = "ok"
+    reason: str | None = None
+
+    @property
+    def key(self) -> str:
+        return self.spec
+
+
+def judged(client: dict[str, int], server: dict[str, int], lost: list[str]) -> tuple[str, str | None]:
+    """Status and reason of a soak."""
+    if lost:
+        return "lost", f"{len(lost)} requests, first {lost[0]}"
+    apart = [f"{name}: {client[name]} here, {server[name]} there" for name in client if client[name] != server[name]]
+    return ("disagreement", "; ".join(apart)) if apart else ("ok", None)
+
+
+def document(row: Row) -> str:
+    """The whole of table.md."""
+    rss, cache = (
+        Slope(row.rss_slope, row.rss_low, row.rss_high),
+        Slope(row.cache_slope, row.cache_low, row.cache_high),
+    )
+    kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(row.requests.items()))
+    lines = [[name, f"{row.client[name]:,}", f"{row.server[name]:,}"] for name in COUNTS]
+    parts = [
+        "# A server under mixed requests",
+        f"`kvcompress serve --spec {row.spec}` for {row.seconds / 60:.1f} minutes: {kinds}. "
+        f"{row.lost} requests were lost; {row.prefix_hits} prompts went on from a stored prefix.",
+        markdown(["count", "of the clients", "of the server"], 2, lines),
+        f"Growth a minute, with 95% confidence intervals: memory of the process {_growth(rss)} "
+        f"(mean {row.rss_mean / 2**20:,.0f} MiB), caches of running requests {_growth(cache)} "
+        f"(at most {row.cache_peak / 2**20:,.2f} MiB, at the end {row.cache_at_end:,.0f} bytes).",
+    ]
+    if row.reason:
+        parts.append(f"* {row.status}: {row.reason}")
+    return "\n\n".join(parts) + "\n"
+
+
+def _growth(slope: Slope) -> str:
+    return f"{slope.value / 1024:+,.1f} KiB ({slope.low / 1024:+,.1f} to {slope.high / 1024:+,.1f})"
