@@ -16,9 +16,13 @@ from benchmarks import (
     lmeval_command,
     memory_command,
     million_command,
+    offload_command,
+    parallel_command,
+    prefix_command,
     report_command,
     retrieval_command,
     scaling_command,
+    soak_command,
 )
 from benchmarks import gpu as gpu_job
 from benchmarks import quick as quick_job
@@ -128,7 +132,9 @@ def static(
     module: Annotated[
         str, typer.Option(help="modules that offer variants, with spaces between  [default: all in kernels/]")
     ] = "",
-    as_json: Annotated[bool, typer.Option("--json", help="one JSON object a line for each variant and chip")] = False,
+    output: Annotated[Path, typer.Option(help="folder whose results.jsonl the rows are added to")] = Path(
+        "benchmarks/results/static"
+    ),
 ) -> None:
     """Registers, spills, shared memory and instructions per element of every kernel, compiled without a GPU.
 
@@ -142,7 +148,7 @@ def static(
             whole_numbers(head_dim, "head dimensions"),
             tuple(module.split()),
         )
-        within = static_job.run(filters, as_json)
+        within = static_job.run(filters, output)
     if not within:
         raise typer.Exit(1)
 
@@ -182,9 +188,13 @@ app.command("latency")(latency_command.command)
 app.command("lmeval")(lmeval_command.command)
 app.command("memory")(memory_command.command)
 app.command("million")(million_command.command)
+app.command("offload")(offload_command.command)
+app.command("parallel")(parallel_command.command)
+app.command("prefix")(prefix_command.command)
 app.command("report")(report_command.command)
 app.command("retrieval")(retrieval_command.command)
 app.command("scaling")(scaling_command.command)
+app.command("soak")(soak_command.command)
 
 
 if __name__ == "__main__":

@@ -93,7 +93,8 @@ class Rebuilding:
         for name in ("frequencies", "amplitudes"):
             check(name, getattr(self, name), (half,), (torch.float32,), device)
         if self.mean is not None:
-            check("mean", self.mean, (owners, heads, width), (torch.float32,), device)
+            own = len(self.mean)  # rows learn means of their own also where one transform is for all
+            check("mean", self.mean, (own if own in (1, rows) else owners, heads, width), (torch.float32,), device)
         for name in ("first", "second", "mean", "order", "frequencies", "amplitudes"):
             if getattr(self, name) is not None and not getattr(self, name).is_contiguous():
                 raise ValueError(f"{name} must be contiguous, got strides {getattr(self, name).stride()}")

@@ -11,7 +11,9 @@ from kvcompress.cache import CompressedCache
 from kvcompress.generation import unwrap, wrap
 from kvcompress.memory import MemoryReport
 from kvcompress.planning import Plan, plan
+from kvcompress.prefixes import PrefixStore
 from kvcompress.spec import DEFAULT_SPEC, CacheSpec, CodecSpec, LayerSpec
+from kvcompress.tiers import Offload
 
 __version__ = "0.1.0"
 
@@ -22,7 +24,9 @@ __all__ = [
     "CompressedCache",
     "LayerSpec",
     "MemoryReport",
+    "Offload",
     "Plan",
+    "PrefixStore",
     "models",
     "plan",
     "unwrap",

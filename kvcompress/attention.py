@@ -6,12 +6,14 @@ attends on the codes; any other operation on a handle materialises it, which is 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_map
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface, causal_mask_function, sdpa_mask
@@ -136,18 +138,32 @@ def output_metric(module: nn.Module, heads: int, width: int) -> Tensor | None:
     """W_o^T W_o of each KV head's values, summed over its query heads, float32 [heads, width, width].
 
     By it an error of an attention module's values [.., heads, .., width] reaches the residual stream. None where the
-    output projection is not found among its usual names, or is no plain matrix at hand (quantised, offloaded).
+    output projection is not found among its usual names, or is no plain matrix (quantised).
     """
     for name in ("o_proj", "out_proj", "dense", "c_proj"):
         projection = getattr(module, name, None)
-        weight = getattr(projection, "weight", None)
-        if isinstance(weight, Tensor) and weight.ndim == 2 and weight.is_floating_point() and not weight.is_meta:
-            weight = weight.detach().float()
-            weight = weight if isinstance(projection, Conv1D) else weight.mT  # Conv1D keeps its transpose
-            if weight.shape[0] % (heads * width) == 0:
-                split = weight.view(heads, -1, width, weight.shape[1])
-                return torch.einsum("hgdo,hgeo->hde", split, split)
+        with _at_hand(projection):
+            weight = getattr(projection, "weight", None)
+            if isinstance(weight, Tensor) and weight.ndim == 2 and weight.is_floating_point() and not weight.is_meta:
+                weight = weight.to_local() if isinstance(weight, DTensor) else weight  # this rank's heads
+                weight = weight.detach().float()
+                weight = weight if isinstance(projection, Conv1D) else weight.mT  # Conv1D keeps its transpose
+                if weight.shape[0] % (heads * width) == 0:
+                    split = weight.view(heads, -1, width, weight.shape[1])
+                    return torch.einsum("hgdo,hgeo->hde", split, split)
     return None
+
+
+@contextmanager
+def _at_hand(module: nn.Module | None) -> Iterator[None]:
+    """Within it weights of a module that accelerate keeps elsewhere (CPU, disk) are where the module computes."""
+    if not hasattr(module, "_hf_hook"):
+        yield
+        return
+    from accelerate.utils import align_module_device  # which is installed: the hook is its own
+
+    with align_module_device(module):
+        yield
 
 
 def as_mask(tensor: Tensor | None, causal: bool) -> Mask:

@@ -52,7 +52,7 @@ def _band(band: Band, start: int, at: dict[str, int]) -> BandLayout | str:
 
 
 def _gain(gain: Gain) -> GainKind:
-    return "half" if gain is HALF else "log"
+    return "half" if gain == HALF else "log"
 
 
 @lru_cache

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -17,7 +17,10 @@ from kvcompress import persist
 from kvcompress.basis import Basis
 from kvcompress.layer import CompressedHybridLayer, CompressedLayer, Shared
 from kvcompress.memory import MemoryReport, storage_bytes
+from kvcompress.parallel import ContextGroup, Group
 from kvcompress.spec import DEFAULT_SPEC, CacheSpec, LayerSpec
+from kvcompress.state import share
+from kvcompress.tiers import Offload
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -44,20 +47,41 @@ class CompressedCache(Cache):
     CacheSpec or its string. Full-attention layers hold codes; sliding, linear and dummy layers stay as transformers
     makes them. Raises ValueError where the model has no full-attention layer, the spec names a layer beyond its layers,
     or (at the first token, before anything is stored) a codec does not support its head sizes.
+
+    group: a ProcessGroup, or one dimension of a DeviceMesh, whose ranks hold the context together: each of them runs
+    the model on the same tokens with a cache like this one, and keeps its share of the pages (`kvcompress.parallel`).
+    What one rank does with its cache all have to do.
+
+    offload: budgets for pages, of which those beyond the device's wait in the host's memory or in a file until they are
+    attended (`kvcompress.Offload`); caches that are given the same one share its budgets. What this cache attends is
+    the same as without.
     """
 
-    def __init__(self, config: PreTrainedConfig, spec: CacheSpec | str = DEFAULT_SPEC):
+    def __init__(
+        self,
+        config: PreTrainedConfig,
+        spec: CacheSpec | str = DEFAULT_SPEC,
+        group: Group | None = None,
+        offload: Offload | None = None,
+    ):
         spec = CacheSpec.parse(spec)
         known = bases.load(spec.basis) if spec.basis not in ("prompt", "shared") else {}
-        self._build(config.get_text_config(decoder=True), spec, known)
+        self._build(config.get_text_config(decoder=True), spec, known, ContextGroup.of(group), offload)
 
-    def _build(self, config: PreTrainedConfig, spec: CacheSpec, known: dict[int, Basis]) -> None:
+    def _build(
+        self,
+        config: PreTrainedConfig,
+        spec: CacheSpec,
+        known: dict[int, Basis],
+        group: ContextGroup | None = None,
+        offload: Offload | None = None,
+    ) -> None:
         """Make the layers. known: what was learned before, by layer."""
-        self.spec, self._config = spec, config
+        self.spec, self._config, self.group = spec, config, group
         self.borrower: Borrower | None = None
         layers: list[Any] = list(DynamicCache(config=config).layers)
         layers = layers or [DynamicLayer() for _ in range(config.num_hidden_layers)]
-        shared = Shared(config, spec, len(layers))
+        shared = self._shared = Shared(config, spec, len(layers), group, offload)
         self._counts, self._transaction = shared.counts, shared.transaction
         for index, layer in enumerate(layers):
             settings = (shared, index, known.get(index))
@@ -164,36 +188,110 @@ class CompressedCache(Cache):
             raise
         self._transaction.close()
 
-    def save(self, path: str | Path) -> None:
+    def save(
+        self,
+        path: str | Path,
+        notes: Mapping[str, Any] | None = None,
+        tensors: Mapping[str, Tensor] | None = None,
+    ) -> None:
         """Write all that is held to a safetensors file of about `memory()`'s bytes, which `load` reads.
 
         Pages are written once however many rows share them; those that no row names are left out. A failure leaves no
         file, and an older one as it was. Takes about as much memory on the host as the file is large, one layer more
-        on the device. Raises ValueError, writing nothing, in the middle of a forward pass and where transformers holds
-        a layer in a way that is not known; OSError or SafetensorError where the file cannot be written.
+        on the device. notes (JSON), tensors: what else the file is to hold, for `kvcompress.persist.read_notes`.
+
+        Raises ValueError, writing nothing, in the middle of a forward pass, where transformers holds a
+        layer in a way that is not known and where other ranks keep some of the pages; OSError or SafetensorError where
+        the file cannot be written.
         """
+        if self.group is not None:
+            raise ValueError(
+                f"a cache whose pages are dealt out to {self.group.world} ranks cannot be saved; one without group= can"
+            )
         self._settle()
-        persist.save(path, self._config, self.spec, self.layers)
+        persist.save(path, self._config, self.spec, self.layers, notes, tensors)
 
     @classmethod
-    def load(cls, path: str | Path, config: PreTrainedConfig, device: torch.device | str | None = None) -> Self:
+    def load(
+        cls,
+        path: str | Path,
+        config: PreTrainedConfig,
+        device: torch.device | str | None = None,
+        *,
+        mapped: bool = False,
+        verify: bool = True,
+        offload: Offload | None = None,
+    ) -> Self:
         """A cache that goes on where the one that was saved had stopped.
 
         config: the model's, as for a new cache. device: where all layers go (None: torch's default device, usually the
-        CPU). Raises ValueError where the file is damaged, no saved cache, of another version, or of a model whose
-        geometry, dtype or RoPE is not the config's; weights are not compared.
+        CPU). mapped: leave pages in the file, on the CPU, where the system reads them when they are attended and may
+        drop them again; the file must not be written to meanwhile (a new one may be moved to its place). verify:
+        compare the checksum of all that the file holds, and look for numbers that are not finite; both read the pages.
+        offload: as for a new cache; pages go where it has room for them one after another.
+
+        Raises FileNotFoundError where there is no such file, ValueError where it is damaged, no saved cache, of another
+        version, contradicts itself, or is of a model whose geometry, dtype or RoPE is not the config's; weights are not
+        compared (`kvcompress.fingerprint` tells them apart).
         """
         config = config.get_text_config(decoder=True)
-        spec, states = persist.load(path, config, device)
-        cache = cls.__new__(cls)
-        cache._build(config, spec, {i: state.basis for i, state in enumerate(states) if state.basis is not None})
+        if mapped and offload is not None:
+            raise ValueError(
+                "pages stay in the file that was saved (mapped) or go where an offload puts them: give one"
+            )
+        spec, states = persist.load(path, config, device, mapped, verify, pages_mapped=offload is not None)
+        cache, known = cls.__new__(cls), {i: state.basis for i, state in enumerate(states) if state.basis is not None}
+        cache._build(config, spec, known, offload=offload)
         persist.restore(path, cache.layers, states)
         return cache
+
+    def fork(self, config: PreTrainedConfig | None = None) -> Self:
+        """A cache that holds the same tokens and goes on by itself; pages and exact tokens are shared, not copied.
+
+        From here on neither writes to pages that the other may name. config: of the model that the fork is for, where
+        that is another object than this cache's. Raises ValueError in the middle of a forward pass, where transformers
+        holds a layer in a way that is not known, and for a config of other layers.
+        """
+        self._settle()
+        persist.check_finished(self.layers)
+        bases_of = {i: x.basis for i, x in enumerate(self.layers) if isinstance(x, CompressedLayer)}
+        known = {index: basis for index, basis in bases_of.items() if basis is not None}
+        fork, own = type(self).__new__(type(self)), self._config if config is None else config
+        fork._build(own.get_text_config(decoder=True), self.spec, known, self.group, self.page_offload)
+        if len(fork.layers) != len(self.layers):
+            raise ValueError(f"a cache of {len(self.layers)} layers was to be forked for {len(fork.layers)}")
+        for layer, source in zip(fork.layers, self.layers, strict=True):
+            share(layer, source)
+        return fork
+
+    @property
+    def page_offload(self) -> Offload | None:
+        """What says where pages lie; None: all on the device."""
+        return self._shared.offload
+
+    def keep_pages_in(self, offload: Offload) -> None:
+        """Let pages lie where `offload` puts them; those of a cache that has one already stay with that one.
+
+        Raises OSError, with the cache as it was, where pages that have to be stored cannot be.
+        """
+        if self._shared.offload is None:
+            self._shared.offload = offload
+            try:
+                self._all_or_none(self._move_pages)
+            except Exception:
+                self._shared.offload = None
+                raise
+
+    def _move_pages(self) -> None:
+        for layer in self.layers:
+            if isinstance(layer, CompressedLayer):
+                layer.keep_pages()
 
     def memory(self) -> MemoryReport:
         """Measured bytes of keys and values in all layers; those of stock layers count as exact.
 
-        Linear-attention states, which do not grow, are left out.
+        Linear-attention states, which do not grow, are left out. With a group: of this rank's share, and of what all
+        ranks hold.
         """
         self._settle()
         beside = MemoryReport.nothing() if self.borrower is None else self.borrower.memory()
@@ -202,17 +300,24 @@ class CompressedCache(Cache):
     def stats(self) -> dict[str, int]:
         """fused: attention calls on codes; materialised: times a layer's keys or values were decoded as a whole.
 
-        static: decode steps on fixed tensors, where there were any. Then `refused: REASON` for the calls that the
+        static: decode steps on fixed tensors, where there were any. collectives, payload: with a group, its collectives
+        so far, and the bytes that this rank handed to them. Then `refused: REASON` for the calls that the
         kernels, where they were due, left to the torch reference, and for decoding that was to be static and was not.
         """
         static = ("static",) if self._counts["static"] else ()
         refusals = sorted(name for name in self._counts if name.startswith("refused: "))
-        return {name: self._counts[name] for name in ("fused", "materialised", *static, *refusals)}
+        group = {} if self.group is None else {"collectives": self.group.calls, "payload": self.group.payload}
+        counted = ("fused", "materialised", *static)
+        return {name: self._counts[name] for name in counted} | group | {name: self._counts[name] for name in refusals}
 
     def count_step(self) -> None:
         """Count a decode step that a borrower took through all layers."""
         self._counts["fused"] += len(self.layers)
         self._counts["static"] += 1
+
+    def take_counts(self, other: CompressedCache) -> None:
+        """Add what another cache counted, whose place this one takes in a call of `generate`."""
+        self._counts.update(other._counts)
 
     def refuse_static(self, reason: str) -> None:
         """Count why decoding is not static, or without a graph, and log the first time that it is for this reason."""

@@ -1,4 +1,4 @@
-"""The `kvcompress` command: generate text with a compressed cache, plan memory, calibrate specs, list the codecs.
+"""The `kvcompress` command: generate and serve text with a compressed cache, plan memory, calibrate and list specs.
 
 What a user can get wrong ends in one line on stderr and exit code 2; anything else is a bug and shows its traceback.
 """
@@ -14,6 +14,8 @@ import typer
 
 if TYPE_CHECKING:
     import torch
+
+    from kvcompress import CompressedCache, PrefixStore
 
 app = typer.Typer(
     help="Hold long contexts in less memory: a model's KV cache as codes of about three bits.",
@@ -94,6 +96,25 @@ def generate(
         Dtype, typer.Option(help="The model's and the exact tokens'; auto: as the model is stored.")
     ] = "auto",
     seed: Annotated[int | None, typer.Option(help="Makes sampling (a temperature above 0) repeatable.")] = None,
+    prefix_store: Annotated[
+        Path | None,
+        typer.Option(help="Folder that keeps what was read of prompts: later ones that begin alike go on from there."),
+    ] = None,
+    min_tokens: Annotated[
+        int,
+        typer.Option(min=1, help="With --prefix-store: the fewest tokens that are worth keeping, or going on from."),
+    ] = 1024,
+    offload: Annotated[
+        str | None,
+        typer.Option(help="Bytes of the cache's pages on the device at most, such as 4GiB; the rest waits elsewhere."),
+    ] = None,
+    offload_host: Annotated[
+        str | None,
+        typer.Option(help="With --offload: bytes of pages in the host's memory, the rest goes to a file; no limit."),
+    ] = None,
+    offload_folder: Annotated[
+        Path | None, typer.Option(help="With --offload: where the file is; the system's folder for temporary files.")
+    ] = None,
 ) -> None:
     """Continue a prompt with a compressed KV cache: streams the text, then says what the cache took.
 
@@ -102,20 +123,39 @@ def generate(
       kvcompress generate "It was a bright cold day in April"
       kvcompress generate - --model Qwen/Qwen3-0.6B --spec trellis:k4v2 < book.txt
       kvcompress generate "Once" --temperature 0.8 --seed 1 --max-new-tokens 300
+      kvcompress generate - --prefix-store ~/.cache/kvcompress < manual-and-question.txt
+      kvcompress generate - --offload 4GiB --offload-folder /mnt/nvme < library.txt
     """
     import torch
 
     import kvcompress
 
     chosen = kvcompress.CacheSpec.parse(spec or kvcompress.DEFAULT_SPEC)
+    if offload is None and (offload_host is not None or offload_folder is not None):
+        raise ValueError("--offload-host and --offload-folder say where pages go that --offload BYTES takes off")
+    tiers = None if offload is None else kvcompress.Offload(offload, offload_host, offload_folder)
     text, place = _read_prompt(prompt), _device(device)
     network, tokenizer = _load(model, dtype)
-    kvcompress.wrap(network.to(place), chosen)
-    cache = kvcompress.CompressedCache(network.config, chosen)
+    store = None if prefix_store is None else kvcompress.PrefixStore(prefix_store, min_tokens=min_tokens)
+    kvcompress.wrap(network.to(place), chosen, prefix_store=store, offload=tiers)
     if seed is not None:
         torch.manual_seed(seed)
-    _stream(network, tokenizer, text, cache, max_new_tokens, temperature)
+    cache = _stream(network, tokenizer, text, max_new_tokens, temperature)
     print(f"\n{cache.memory()}")
+    if store is not None:
+        store.flush()
+        print(_said_of(store))
+
+
+def _said_of(store: PrefixStore) -> str:
+    """What a store did for one prompt, and what it holds."""
+    from kvcompress.memory import format_bytes
+
+    stats = store.stats()
+    passed = [name.removeprefix("passed over: ") for name in stats if name.startswith("passed over: ")]
+    used = f"passed over: {passed[0]}" if passed else f"{stats['tokens reused']:,} tokens of the prompt reused"
+    held = f"{stats['entries: disk']} entries, {format_bytes(stats['bytes: disk'])}"
+    return f"prefix store: {used}; {held} on disk"
 
 
 def _read_prompt(prompt: str) -> str:
@@ -152,20 +192,22 @@ def _load(name: str | None, dtype: Dtype) -> tuple[Any, Any]:
     return model.eval(), AutoTokenizer.from_pretrained(name)
 
 
-def _stream(network: Any, tokenizer: Any, text: str, cache: Any, max_new_tokens: int, temperature: float) -> None:
-    """Print the continuation of `text` token by token."""
+def _stream(network: Any, tokenizer: Any, text: str, max_new_tokens: int, temperature: float) -> CompressedCache:
+    """Print the continuation of `text` token by token; returns the cache that was made for it."""
     from transformers import TextStreamer
 
     inputs = tokenizer(text, return_tensors="pt").to(network.device)
     sampling = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
-    network.generate(
+    done = network.generate(
         input_ids=inputs["input_ids"],
         attention_mask=inputs["attention_mask"],
-        past_key_values=cache,
         max_new_tokens=max_new_tokens,
         streamer=TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True),
+        return_dict_in_generate=True,
         **sampling,
     )
+    cache: CompressedCache = done.past_key_values
+    return cache
 
 
 @app.command()
@@ -266,6 +308,64 @@ def calibrate(
     content, place = text.read_text("utf-8"), _device(device)
     network, tokenizer = _load(model, dtype)
     calibrate_command.run(network.to(place), Text.encode(tokenizer, content), wanted)
+
+
+@app.command()
+def serve(
+    model: Annotated[
+        str | None,
+        typer.Argument(help="Folder or Hugging Face id; without it, any model that a request names is loaded."),
+    ] = None,
+    spec: SpecOption = None,
+    host: Annotated[str, typer.Option(help="Address to listen at; 0.0.0.0: all of this machine's.")] = "localhost",
+    port: Annotated[int, typer.Option(min=1, max=65535, help="Port to listen at.")] = 8000,
+    max_context: Annotated[
+        str | None, typer.Option(help="Tokens that prompt and answer may have together: 131072, 128k, 1M.")
+    ] = None,
+    cache_budget: Annotated[
+        str | None, typer.Option(help="Bytes that one request's cache may come to, such as 2GiB.")
+    ] = None,
+    prefix_store: Annotated[
+        Path | None,
+        typer.Option(help="Folder that keeps what was read of prompts: later ones that begin alike go on from there."),
+    ] = None,
+    min_tokens: Annotated[
+        int,
+        typer.Option(min=1, help="With --prefix-store: the fewest tokens that are worth keeping, or going on from."),
+    ] = 1024,
+    prefill_chunk: Annotated[int, typer.Option(min=1, help="Tokens of a prompt that are read at a time.")] = 4096,
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps; auto: all GPUs where there are some.")] = "auto",
+    dtype: Annotated[Dtype, typer.Option(help="The model's and the exact tokens'; auto: as it is stored.")] = "auto",
+) -> None:
+    """Serve a model with OpenAI's API and a compressed KV cache; /metrics has its numbers for Prometheus.
+
+    The server is transformers' own (/v1/chat/completions, /v1/completions, /v1/responses). A request that would exceed
+    --max-context or --cache-budget is answered with an error before anything is computed. It takes
+    pip install 'kvcompress[serve]'.
+
+    \b
+    Examples:
+      kvcompress serve Qwen/Qwen3-0.6B --spec spectral3
+      kvcompress serve ./my-model --cache-budget 2GiB --prefix-store ~/.cache/kvcompress
+    """
+    from kvcompress import DEFAULT_SPEC, serving
+
+    if device != "auto":
+        _device(device)
+    settings = serving.Settings(
+        model,
+        spec or DEFAULT_SPEC,
+        host,
+        port,
+        prefix_store,
+        min_tokens,
+        max_context,
+        cache_budget,
+        device,
+        dtype,
+        prefill_chunk,
+    )
+    serving.run(settings)
 
 
 @app.command()

@@ -13,6 +13,8 @@ import torch
 import triton
 from torch import Tensor
 
+from kvcompress import page_groups
+from kvcompress.addresses import AddressTable
 from kvcompress.bandlayout import bands_of
 from kvcompress.codecs import SIDES, Codec, Coded, Fit, within
 from kvcompress.codecs.scale import LOG
@@ -34,6 +36,8 @@ from kvcompress.kernels.ops import (
 from kvcompress.kernels.pages import Table
 from kvcompress.kernels.rebuilding import Rebuilding
 from kvcompress.kernels.segments import plan, refuses
+from kvcompress.offloaded import OffloadedPool
+from kvcompress.parallel import ContextGroup
 from kvcompress.planes import Planes
 from kvcompress.record import RecordLayout
 from kvcompress.reference import Mask, Scores
@@ -79,10 +83,11 @@ class Triton:
         if triton.knobs.runtime.interpret and dtype == torch.bfloat16:
             query, key, value = query.float(), key.float(), value.float()  # the interpreter has no bfloat16
         rows, heads = query.shape[0], key.shape[1]
-        parts = _exact(query, history, key, value, mask, scores)
-        if history is not None and any(history.coded):
-            parts.append(_codes(query, history, mask, scores))
-        out, _ = merge(parts, scores.sinks, dtype=dtype)
+        with torch.cuda.device_of(query):  # which is not the current one where layers lie on several devices
+            parts = _exact(query, history, key, value, mask, scores)
+            if history is not None and any(history.coded):
+                parts.append(_of_all_ranks(_codes(query, history, mask, scores), parts, history.group))
+            out, _ = merge(parts, scores.sinks, dtype=dtype)
         width = out.shape[-1]
         return out.view(rows, heads, -1, query.shape[2], width).flatten(1, 2).transpose(1, 2).contiguous()
 
@@ -207,7 +212,23 @@ def _ints(values: tuple[int, ...], device: torch.device) -> Tensor:
 
 def _codes(query: Tensor, history: History, mask: Mask, scores: Scores) -> tuple[Tensor, Tensor]:
     """The coded tokens' part: (means [B, H, 1, G*Q, D_v], log-sum-exps [B, H, 1, G*Q])."""
-    where = history.addresses()
+    pool = history.pool
+    wheres = page_groups.tables(history, pool) if isinstance(pool, OffloadedPool) else iter([history.addresses()])
+    parts = [_over_table(query, history, where, mask, scores) for where in wheres if max(where.held)]
+    if not parts:  # other ranks keep all pages
+        rows, kv_heads, _, width = history.recent[1].shape
+        none = query.new_full((rows, kv_heads, 1, query[..., 0].numel() // (rows * kv_heads)), -torch.inf).float()
+        return none.new_zeros(*none.shape, width), none
+    if len(parts) == 1:
+        return parts[0]
+    mean, log = merge(parts)
+    return mean.unsqueeze(2), log.unsqueeze(2)
+
+
+def _over_table(
+    query: Tensor, history: History, where: AddressTable, mask: Mask, scores: Scores
+) -> tuple[Tensor, Tensor]:
+    """As `_codes`, for the pages that a table names."""
     table = Table(where.addresses, where.starts, where.fills, where.counts, max(where.held))
     seen = None
     if mask.tensor is not None:
@@ -216,6 +237,17 @@ def _codes(query: Tensor, history: History, mask: Mask, scores: Scores) -> tuple
     heads = operands.absorbing.shape[1]
     splits = page_splits(len(query), heads, query.shape[1] // heads * query.shape[2], table.most, query.device)
     return over_codes(query, operands, table, gains(query.device), scores, seen, splits)
+
+
+def _of_all_ranks(
+    codes: tuple[Tensor, Tensor], exact: list[tuple[Tensor, Tensor]], group: ContextGroup | None
+) -> tuple[Tensor, Tensor]:
+    """A partial result over this rank's pages to that over all ranks', by one all-reduce; as it is without a group."""
+    if group is None:
+        return codes
+    seen = torch.cat([log for _, log in exact], dim=2).logsumexp(dim=2, keepdim=True)
+    mean, log = group.combine(codes[0], codes[1].unsqueeze(-1), seen.unsqueeze(-1))
+    return mean, log.squeeze(-1)
 
 
 def over_codes(

@@ -14,10 +14,15 @@ from typing import Any, TypeVar
 from tqdm import tqdm
 from transformers import DynamicCache, GenerationMixin, PreTrainedConfig, PreTrainedModel
 
-from kvcompress import static_generation
+from kvcompress import prefix_generation, static_generation
 from kvcompress.attention import NAME
 from kvcompress.cache import CompressedCache
+from kvcompress.fingerprint import fingerprint
+from kvcompress.parallel import ContextGroup, Group
+from kvcompress.prefix_generation import Search
+from kvcompress.prefixes import PrefixStore
 from kvcompress.spec import DEFAULT_SPEC, CacheSpec
+from kvcompress.tiers import Offload
 
 Model = TypeVar("Model", bound=PreTrainedModel)
 
@@ -35,6 +40,10 @@ class _Wrapped:
     prefill_chunk: int
     attention: str
     static: bool
+    group: ContextGroup | None
+    prefixes: PrefixStore | None
+    offload: Offload | None
+    fingerprint: str | None = None  # of the model, from the first time that the store is used on
 
 
 @dataclass
@@ -48,7 +57,15 @@ class _Switch:
 _switches: dict[int, _Switch] = {}  # by the id of a living config
 
 
-def wrap(model: Model, spec: CacheSpec | str = DEFAULT_SPEC, prefill_chunk: int = 4096, static: bool = False) -> Model:
+def wrap(
+    model: Model,
+    spec: CacheSpec | str = DEFAULT_SPEC,
+    prefill_chunk: int = 4096,
+    static: bool = False,
+    group: Group | None = None,
+    prefix_store: PrefixStore | None = None,
+    offload: Offload | None = None,
+) -> Model:
     """Make `model.generate` use a `CompressedCache`; returns the same model.
 
     A call that brings its own cache, or asks for one (`cache_implementation`, `use_cache=False`), is left as it is.
@@ -62,8 +79,18 @@ def wrap(model: Model, spec: CacheSpec | str = DEFAULT_SPEC, prefill_chunk: int 
     anything else is generated as without it, which is logged once and counted in `cache.stats()`. Steps are static as
     soon as a page is closed. The cache that is returned goes on as any other.
 
-    Raises TypeError for what is no generating model, ValueError for a bad spec or chunk or a model without full
-    attention.
+    group: the ranks that hold every context together (`CompressedCache`), all of which call `generate` alike; where
+    they sample, with the same seed. Their decoding is never static.
+
+    prefix_store: where prompts are looked up and kept, so that a text that many begin with is read once
+    (`kvcompress.prefixes`): prompts of one row, for greedy search and sampling with a cache made here; for anything
+    else the store counts why it was passed over. A model whose weights have changed has to be wrapped again.
+
+    offload: budgets of the pages of all caches that are made here, those that are kept after a call included
+    (`kvcompress.Offload`); the others wait in the host's memory or in a file. Their decoding is never static.
+
+    Raises TypeError for what is no generating model or no group, ValueError for a bad spec or chunk, a model without
+    full attention, or a group that is to use a store.
     """
     if not isinstance(model, PreTrainedModel) or not isinstance(model, GenerationMixin):
         raise TypeError(f"wrap takes a transformers model that can generate, got {type(model).__name__}")
@@ -71,15 +98,18 @@ def wrap(model: Model, spec: CacheSpec | str = DEFAULT_SPEC, prefill_chunk: int 
         raise ValueError(f"wrap takes decoder-only models, {type(model).__name__} is an encoder-decoder")
     if not isinstance(prefill_chunk, int) or prefill_chunk < 1:
         raise ValueError(f"prefill_chunk must be a positive number of tokens, got {prefill_chunk!r}")
+    if group is not None and prefix_store is not None:
+        raise ValueError("a prefix store keeps whole contexts, and those of a group are dealt out to ranks: give one")
     spec = CacheSpec.parse(spec)
-    CompressedCache(model.config, spec)  # raises for what could not be cached
+    CompressedCache(model.config, spec, group, offload)  # raises for what could not be cached
     if _STATE in vars(model):
         attention = getattr(model, _STATE).attention
     else:
         attention = _switch_attention(model)
         for name, function in _METHODS.items():
             setattr(model, name, types.MethodType(function, model))
-    setattr(model, _STATE, _Wrapped(spec, prefill_chunk, attention, static))
+    context = ContextGroup.of(group)
+    setattr(model, _STATE, _Wrapped(spec, prefill_chunk, attention, static, context, prefix_store, offload))
     return model
 
 
@@ -132,20 +162,33 @@ def _prepare_cache(
     result = type(model)._prepare_cache_for_generation(model, generation_config, model_kwargs, generation_mode, *args)
     made = model_kwargs.get("past_key_values")
     if given is None and type(made) is DynamicCache and generation_config.cache_implementation != "offloaded":
-        cache = CompressedCache(model.config, getattr(model, _STATE).spec)
+        state = getattr(model, _STATE)
+        cache = CompressedCache(model.config, state.spec, state.group, state.offload)
         if generation_config.is_assistant:
             cache.activate_past_recording()
         model_kwargs["past_key_values"] = cache
     used = model_kwargs.get("past_key_values")
+    if getattr(model, _STATE).prefixes is not None:
+        ours = given is None and isinstance(used, CompressedCache)
+        prefix_generation.prepare(generation_config, generation_mode, args[0], ours, _search(model))
     if getattr(model, _STATE).static and isinstance(used, CompressedCache):
         static_generation.prepare(model, generation_config, generation_mode, used)
     return result
+
+
+def _search(model: Any) -> Search:
+    state = getattr(model, _STATE)
+    state.fingerprint = state.fingerprint or fingerprint(model)
+    return Search(state.prefixes, state.fingerprint)
 
 
 def _prefill(
     model: Any, input_ids: Any, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
 ) -> Any:
     """transformers' own prefill, told to go in chunks where the prompt is long, with a progress bar where very long."""
+    search, session = prefix_generation.search_of(generation_config), static_generation.session_of(generation_config)
+    if search is not None:
+        search.begin(model, input_ids, generation_config, model_kwargs)
     cache = model_kwargs.get("past_key_values")
     chunk = getattr(model, _STATE).prefill_chunk
     mask = model_kwargs.get("attention_mask")
@@ -158,8 +201,10 @@ def _prefill(
         generation_config.prefill_chunk_size = chunk
     with _progress(model, new if not whole and new >= PROGRESS_TOKENS else None):
         outputs = type(model)._prefill(model, input_ids, generation_config, model_kwargs, *args, **kwargs)
-    session = static_generation.session_of(generation_config)
-    if session is not None:
+    if search is not None and isinstance(cache, CompressedCache):
+        search.end(input_ids, cache)
+    if session is not None and isinstance(cache, CompressedCache):
+        session.cache = cache
         session.begin(generation_config.max_length - input_ids.shape[1])
     return outputs
 

@@ -11,8 +11,10 @@ copy of a `History` is a snapshot of it.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import compress
 from typing import Protocol
 
 import torch
@@ -21,6 +23,8 @@ from torch import Tensor
 from kvcompress.addresses import AddressTable
 from kvcompress.codecs import SIDES, Codec, Coded, Fit, joined, within
 from kvcompress.metric import query_metric, turned_query_metric
+from kvcompress.parallel import ContextGroup
+from kvcompress.record import RecordLayout
 from kvcompress.store import PAGE, SLOT_OF, SLOTS, PagePool, PageTable
 
 ENCODE_PAGES = 64  # pages coded at a time: bounds the encoder's workspace
@@ -60,7 +64,8 @@ class History:
 
     shared: the rows that are fitted first are fitted together, and all use that. preset: what the codecs of keys and of
     values have learned before, [1, H, ...], used by every row. rotation: of keys, for codecs with a frame that turns;
-    None where keys have none. encode: codes pages [n, H, PAGE, D] of a side as its codec would.
+    None where keys have none. encode: codes pages [n, H, PAGE, D] of a side as its codec would. group: the ranks that
+    pages are dealt out to, None where this one keeps all. pool: makes what keeps pages.
     """
 
     def __init__(
@@ -74,16 +79,19 @@ class History:
         preset: tuple[Fit, Fit] | None = None,
         rotation: Rotation | None = None,
         encode: Callable[[Codec, int, Tensor, Fit], Coded] = lambda codec, side, pages, fit: codec.encode(pages, fit),
+        group: ContextGroup | None = None,
+        pool: Callable[[], PagePool] = PagePool,
     ):
         self.codecs = (key_codec, value_codec)
         self.sinks, self.window = sinks, window
         self.shared, self.preset, self.rotation, self.encode = shared, preset, rotation, encode
+        self.group, self.new_pool = group, pool
         self.fit_tokens = 0 if preset else max(key_codec.fit_tokens, value_codec.fit_tokens)
         self.clear()
 
     def clear(self) -> None:
         """Forget everything."""
-        self.pool = PagePool()
+        self.pool = self.new_pool()
         self.table = PageTable.empty(0)
         self._addresses: AddressTable | None = None  # of the table, from its first use on
         self.lengths: list[int] = []  # real tokens of each row
@@ -95,6 +103,17 @@ class History:
         self.fit_of: list[int] = []  # each row's place in `fits`, -1 before it is fitted
         self.derived: Derived | None = None
 
+    def fork(self, encode: Callable[[Codec, int, Tensor, Fit], Coded]) -> History:
+        """A history of the same tokens that goes on by itself; pages and exact tokens are shared, not copied.
+
+        encode: as above, for the fork.
+        """
+        fork = copy.copy(self)
+        fork.pool, fork.encode = self.pool.fork(), encode
+        fork._addresses = None  # a table is extended in place, beyond the end that its owner knows
+        fork.derived = None  # made anew where the fork is used, which may be another device
+        return fork
+
     @property
     def columns(self) -> int:
         """Tokens of every row, padding included: what transformers calls the sequence length."""
@@ -104,6 +123,11 @@ class History:
     def coded(self) -> list[int]:
         """Tokens of each row that are held as codes."""
         return self.table.tokens
+
+    @property
+    def stored(self) -> list[int]:
+        """Those of each row's coded tokens whose pages are here, and not at another rank."""
+        return (self.table.fill * (self.table.ids >= 0)).sum(dim=1).tolist()
 
     @property
     def held(self) -> list[int]:
@@ -203,14 +227,26 @@ class History:
             return
         self._fit([row for row, d in enumerate(due) if d and self.fit_of[row] < 0], held, output_metric)
         starts = [self.recent[0].shape[2] - h for h in held]
-        places = [(row, starts[row] + PAGE * i) for row, d in enumerate(due) for i in range(d)]
-        coded = joined([self._encode(places[i : i + ENCODE_PAGES]) for i in range(0, len(places), ENCODE_PAGES)])
+        new = [(row, i) for row, d in enumerate(due) for i in range(d)]
+        places = [(row, starts[row] + PAGE * i) for row, i in new]
+        pages, before = self.table.pages, self.coded
+        kept = [self.group is None or self.group.keeps(pages[row] + i) for row, i in new]
+        own = list(compress(places, kept))
+        coded = [self._encode(own[i : i + ENCODE_PAGES]) for i in range(0, len(own), ENCODE_PAGES)]
         self.pool.collect(self.table.ids)
-        ids, before = self.pool.write(coded), self.coded
+        if coded:
+            written = self.pool.write(joined(coded))
+        else:  # what a page holds, and so what kernels take, is to be known to all ranks alike
+            written = torch.empty(0, dtype=torch.int32)
+            self.pool.layout = self.pool.layout or RecordLayout.of(self._encode(places[:1]))
+        ids = torch.full((len(new),), -1, dtype=torch.int32).masked_scatter(torch.tensor(kept), written)
         self.table = self.table.append(ids, due)
         if self._addresses is not None:
-            first = torch.tensor([self.sinks + before[row] + PAGE * i for row, d in enumerate(due) for i in range(d)])
-            self._addresses = self._addresses.append(due, self.pool.addresses(ids), first, torch.full_like(ids, PAGE))
+            rows = [row for row, _ in compress(new, kept)]
+            counts = [rows.count(row) for row in range(len(due))]
+            first = torch.tensor([self.sinks + before[row] + PAGE * i for row, i in compress(new, kept)])
+            fills = torch.full_like(written, PAGE)
+            self._addresses = self._addresses.append(counts, self.pool.addresses(written), first, fills)
 
     def _fit(self, rows: list[int], held: list[int], output_metric: Callable[[], Tensor | None]) -> None:
         """Learn what the codecs need from the first tokens after the sinks of rows that have no codes yet."""
@@ -277,12 +313,14 @@ class History:
         return {name: tensor[owners] for name, tensor in fit.items()}
 
     def blocks(self, pages: int) -> Iterator[Block]:
-        """All coded tokens, at most `pages` pages of every row at a time."""
-        table, fits, start_of_page = self.table, (self.row_fit(0), self.row_fit(1)), self._starts()
-        most = int((table.ids >= 0).sum(dim=1).max()) if table.ids.numel() else 0
-        for first in range(0, most, pages):
-            ids, fill = table.ids[:, first : first + pages], table.fill[:, first : first + pages]
-            coded = self.pool.read(ids.where(ids >= 0, ids.max()).flatten())  # a row without pages reads another's
+        """All coded tokens that are here, at most `pages` pages of every row at a time."""
+        fits, own = (self.row_fit(0), self.row_fit(1)), slice(None) if self.group is None else self.group.columns
+        all_ids, all_fill, start_of_page = (x[:, own] for x in (self.table.ids, self.table.fill, self.starts()))
+        most = int((all_ids >= 0).sum(dim=1).max()) if all_ids.numel() else 0
+        spans = [all_ids[:, first : first + pages] for first in range(0, most, pages)]
+        groups = [ids.where(ids >= 0, ids.max()).flatten() for ids in spans]  # a row without pages reads another's
+        for first, ids, coded in zip(range(0, most, pages), spans, self.pool.stream(groups), strict=True):
+            fill = all_fill[:, first : first + pages]
             device, slots = self.recent[0].device, torch.arange(PAGE)
             starts = start_of_page[:, first : first + pages]
             positions = (starts.unsqueeze(2) + slots).flatten(1).to(device)
@@ -295,7 +333,7 @@ class History:
                 key = self.rotation.apply(self.codecs[0].restore(key, fits[0]), frames)
             yield Block(key, value, positions, valid)
 
-    def _starts(self) -> Tensor:
+    def starts(self) -> Tensor:
         """Where every page's first token stands among its row's real tokens, int64 [B, pages] on the CPU."""
         sinks = torch.tensor([min(n, self.sinks) for n in self.lengths], dtype=torch.int64).unsqueeze(1)
         return self.table.fill.cumsum(dim=1) - self.table.fill + sinks
@@ -304,7 +342,7 @@ class History:
         """Where the pages of every row lie on the codes' device, for kernels; kept up from the first call on."""
         if self._addresses is None:
             named = self.table.ids >= 0
-            pages = self.pool.addresses(self.table.ids[named]), self._starts()[named], self.table.fill[named]
+            pages = self.pool.addresses(self.table.ids[named]), self.starts()[named], self.table.fill[named]
             empty = AddressTable.empty(len(self.lengths), self.recent[0].device)
             self._addresses = empty.append(named.sum(dim=1).tolist(), *pages)
         return self._addresses
@@ -338,20 +376,25 @@ class History:
         return tokens if side == 0 and self._turns else self.codecs[side].restore(tokens, fit)
 
     def dense(self, side: int) -> Tensor:
-        """All tokens of one side as [B, H, columns, D] in the model's dtype; zeros stand for padding."""
+        """All tokens of one side as [B, H, columns, D] in the model's dtype; zeros stand for padding.
+
+        Ranks that share a context all have to call this.
+        """
         recent, sink = self.recent[side], self.sink[side]
         result = recent.new_zeros(*recent.shape[:2], self.columns, recent.shape[3])
-        held = self.held
-        for row, (pad, length) in enumerate(zip(self.pads, self.lengths, strict=True)):
-            sinks = min(length, self.sinks)
-            result[row, :, pad : pad + sinks] = sink[row, :, :sinks]
-            result[row, :, self.columns - held[row] :] = recent[row, :, recent.shape[2] - held[row] :]
         pads, fit = torch.tensor(self.pads, device=recent.device).unsqueeze(1), self.row_fit(side)
         for block in self.blocks(ENCODE_PAGES):
             tokens = self.restored(block, side, fit).to(recent.dtype)
             valid = torch.ones_like(block.positions, dtype=torch.bool) if block.valid is None else block.valid
             rows, places = valid.nonzero(as_tuple=True)
             result[rows, :, (block.positions + pads)[rows, places]] = tokens[rows, :, places]
+        if self.group is not None:
+            result = self.group.total(result)
+        held = self.held
+        for row, (pad, length) in enumerate(zip(self.pads, self.lengths, strict=True)):
+            sinks = min(length, self.sinks)
+            result[row, :, pad : pad + sinks] = sink[row, :, :sinks]
+            result[row, :, self.columns - held[row] :] = recent[row, :, recent.shape[2] - held[row] :]
         return result
 
     def crop(self, tokens: int) -> None:

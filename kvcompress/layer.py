@@ -24,10 +24,13 @@ from kvcompress.basis import Basis
 from kvcompress.codecs import Geometry
 from kvcompress.history import History
 from kvcompress.memory import MemoryReport, storage_bytes
+from kvcompress.offloaded import OffloadedPool
+from kvcompress.parallel import ContextGroup, digest
 from kvcompress.reference import Scores
 from kvcompress.rope import Rope, rotates
 from kvcompress.spec import CacheSpec
-from kvcompress.store import PAGE
+from kvcompress.store import PAGE, PagePool
+from kvcompress.tiers import Offload
 
 logger = logging.getLogger(__name__)
 
@@ -70,10 +73,19 @@ class Transaction:
 
 
 class Shared:
-    """What the layers of one cache have in common: counts of what happened, the forward pass, and the model's RoPE."""
+    """What the layers of one cache have in common: counts of what happened, the forward pass, the model's RoPE, and the
+    ranks that pages are dealt out to (None: this one keeps all), and where pages lie (None: all on the device)."""
 
-    def __init__(self, config: PreTrainedConfig, spec: CacheSpec, layers: int):
-        self.config, self.spec, self.layers = config, spec, layers
+    def __init__(
+        self,
+        config: PreTrainedConfig,
+        spec: CacheSpec,
+        layers: int,
+        group: ContextGroup | None = None,
+        offload: Offload | None = None,
+    ):
+        self.config, self.spec, self.layers, self.group, self.offload = config, spec, layers, group, offload
+        self.first: int | None = None  # of the compressed layers
         self.counts: Counter[str] = Counter()
         self.transaction = Transaction()
         self._ropes: dict[int, Rope | None] = {}  # by the width of keys
@@ -85,6 +97,26 @@ class Shared:
         if width not in self._ropes:
             self._ropes[width] = Rope.of(self.config, width, layer)
         return self._ropes[width]
+
+    def pool(self, device: torch.device, pages: PagePool | None = None) -> PagePool:
+        """A pool for pages that come from a device, holding `pages` from the start, where they are given."""
+        if self.offload is None or isinstance(pages, OffloadedPool):
+            return pages or PagePool()
+        return OffloadedPool.adopt(self.offload, pages or PagePool(), device)
+
+    def agree(self, layer: CompressedLayer, key: Tensor) -> None:
+        """At the first compressed layer, raise ValueError on all ranks unless all begin the same forward pass."""
+        if self.group is None or layer.index != self.first:
+            return
+        config, history = self.config, layer.history
+        held = [] if history is None else [history.lengths, history.pads, history.coded]
+        facts = {
+            "spec": digest(self.spec.to_json()),
+            "model": digest(f"{config.model_type} {self.layers} {config._attn_implementation} {key.dtype}"),
+            "rows and tokens held": digest(str(held)),
+            "rows and tokens of the chunk": digest(str(tuple(key.shape))),
+        }
+        self.group.agree(facts, key)
 
 
 class CompressedLayer(CacheLayerMixin):
@@ -100,6 +132,7 @@ class CompressedLayer(CacheLayerMixin):
         self.config, self.spec, self.layer_count = shared.config, shared.spec, shared.layers
         self.codecs = self.spec.layer(index, self.layer_count)
         self.counts, self.transaction = shared.counts, shared.transaction
+        shared.first = index if shared.first is None else shared.first
         self.history: History | None = None
         self.pending: tuple[Tensor, Tensor] | None = None
         self.record_past = False
@@ -117,21 +150,42 @@ class CompressedLayer(CacheLayerMixin):
             preset=None if self.basis is None else self.basis.to(key_states.device),
             encode=partial(backends.encode, self.counts),
             rotation=None if key.frame == "fixed" else self.shared.rotation(self.index, key.head_dim),
+            group=self.shared.group,
+            pool=partial(self.shared.pool, key_states.device),
         )
         self.dtype, self.device = key_states.dtype, key_states.device
         self.is_initialized = True
 
+    def adopt(self, other: CompressedLayer) -> None:
+        """Make this layer, which holds nothing yet, go on from what another holds, of which nothing is copied."""
+        other.settle()
+        self.record_past = other.record_past
+        if other.history is not None:
+            self.history = other.history.fork(partial(backends.encode, self.counts))
+            self.dtype, self.device, self.is_initialized = other.dtype, other.device, True
+
+    def keep_pages(self) -> None:
+        """Let pages lie from here on where those of a new layer would."""
+        self.settle()
+        if self.history is not None:
+            self.history.new_pool = partial(self.shared.pool, self.device)
+            self.history.pool = self.shared.pool(self.device, self.history.pool)
+
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Take a chunk [B, H, Q, D]; returns handles where our attention will read them, else dense copies.
 
-        Raises ValueError, leaving the layer as it was, for shapes that do not go with what is held and for numbers that
-        are not finite (looked for on a CPU and in chunks; a single bad token on a GPU makes the output NaN, as it would
-        uncompressed).
+        Raises ValueError, leaving the layer as it was, where ranks that share the context were given different things,
+        for shapes that do not go with what is held and for numbers that are not finite (looked for on a CPU and in
+        chunks; a single bad token on a GPU makes the output NaN, as it would uncompressed).
         """
         self.settle()
+        self.shared.agree(self, key_states)
         self._check(key_states, value_states)
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
+        elif self.device != key_states.device:  # of a cache that was loaded, for a model that lies on several devices
+            self.device = key_states.device
+            self.prefetch()
         self.pending = key_states, value_states
         if self.config._attn_implementation == NAME:
             shapes = [(*x.shape[:2], self.get_seq_length(), x.shape[3]) for x in (key_states, value_states)]
@@ -303,6 +357,7 @@ class CompressedLayer(CacheLayerMixin):
         fits = [item for fit in history.fits for item in fit.items()]
         derived = () if history.derived is None else history.derived.tensors
         fresh = rows * pending[0].shape[2] if pending else 0
+        elsewhere = (sum(history.coded) - sum(history.stored)) * width  # elements that other ranks keep
         return MemoryReport(
             codes=codes,
             scales=sum(pages.values()) - codes,
@@ -311,9 +366,10 @@ class CompressedLayer(CacheLayerMixin):
             tables=storage_bytes(history.tables()),
             exact=storage_bytes([*history.sink, *history.recent, *history.queries, *pending]),
             tokens=max(history.lengths, default=0) + (pending[0].shape[2] if pending else 0),
-            coded_elements=sum(history.coded) * width,
-            elements=(sum(history.lengths) + fresh) * width,
-            uncompressed=rows * self.get_seq_length() * width * self.dtype.itemsize,
+            coded_elements=sum(history.stored) * width,
+            elements=(sum(history.lengths) + fresh) * width - elsewhere,
+            uncompressed=(rows * self.get_seq_length() * width - elsewhere) * self.dtype.itemsize,
+            **history.pool.away(),
         )
 
 

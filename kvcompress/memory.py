@@ -23,7 +23,8 @@ class MemoryReport:
     codes, scales: coded pages. means, bases: what was learned of each row. tables: which pages make up a row.
     exact: bytes held as they came (sinks, window, layers that are not compressed). tokens: of the longest row.
     coded_elements: numbers of keys and values held as codes. elements: all that are held. uncompressed: bytes that the
-    same tokens take in the model's dtype.
+    same tokens take in the model's dtype. host, disk: those of the bytes of codes and scales that are offloaded to the
+    host's memory or to a file (kvcompress/tiers.py).
     """
 
     codes: int
@@ -36,6 +37,8 @@ class MemoryReport:
     coded_elements: int
     elements: int
     uncompressed: int
+    host: int = 0
+    disk: int = 0
 
     @classmethod
     def nothing(cls) -> MemoryReport:
@@ -49,8 +52,13 @@ class MemoryReport:
 
     @property
     def total(self) -> int:
-        """All bytes held."""
+        """All bytes held, wherever they lie."""
         return self.coded + self.exact
+
+    @property
+    def device(self) -> int:
+        """Bytes held on the device."""
+        return self.total - self.host - self.disk
 
     @property
     def bits_per_element(self) -> float:
@@ -82,6 +90,9 @@ class MemoryReport:
             for name in ("codes", "scales", "means", "bases", "tables", "exact")
             if getattr(self, name)
         )
+        if self.host or self.disk:
+            places = {"on the device": self.device, "in the host's memory": self.host, "on disk": self.disk}
+            parts += "\n  " + ", ".join(f"{format_bytes(size)} {place}" for place, size in places.items() if size)
         share = self.coded_elements / self.elements
         bits = f"{self.effective_bits_per_element:.2f} bits per element, exact ones included"
         if self.coded_elements:

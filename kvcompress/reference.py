@@ -9,7 +9,7 @@ Shapes inside: queries of a KV head side by side, [B, H, G*Q, D]; scores [B, H, 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from kvcompress import flash
 from kvcompress.history import History
+from kvcompress.parallel import ContextGroup
 from kvcompress.store import PAGE
 
 WORKSPACE = 1 << 21  # elements
@@ -123,7 +124,10 @@ def attend(query: Tensor, history: History | None, key: Tensor, value: Tensor, m
         for found, tile in zip(results, tiles, strict=True):
             found.append(_exact(tile, history, scores))
         if any(history.coded):
-            for found, part in zip(results, _codes(tiles, history, scores), strict=True):
+            codes = _codes(tiles, history, scores)
+            if history.group is not None:
+                codes = _of_all_ranks(codes, results, tiles, history.group)
+            for found, part in zip(results, codes, strict=True):
                 found.append(part)
     sinks = None if scores.sinks is None else scores.sinks.float().view(1, -1, groups, 1)
     parts = []
@@ -257,3 +261,22 @@ def _codes(tiles: list[Tile], history: History, scores: Scores) -> list[tuple[Te
             partial.add(_finish(raw, scores, allowed, tile.groups), block.value)
     results = (partial.result() for partial in partials)
     return [(history.codecs[1].restore(mean, value_fit), log) for mean, log in results]
+
+
+def _of_all_ranks(
+    codes: list[tuple[Tensor, Tensor]], exact: list[list[tuple[Tensor, Tensor]]], tiles: list[Tile], group: ContextGroup
+) -> list[tuple[Tensor, Tensor]]:
+    """Partial results of tiles over this rank's pages to those over all ranks', by one all-reduce.
+
+    What goes through it has queries in the model's order, [B, H*G, Q, ..], since tiles may differ from rank to rank.
+    """
+    groups, lengths = tiles[0].groups, [tile.length for tile in tiles]
+
+    def joined(parts: Iterable[Tensor]) -> Tensor:
+        return torch.cat([part.unflatten(2, (groups, -1)).flatten(1, 2) for part in parts], dim=2)
+
+    seen = (torch.cat([log for _, log in found], dim=-1).logsumexp(dim=-1, keepdim=True) for found in exact)
+    own = joined(mean for mean, _ in codes), joined(log for _, log in codes)
+    split = (x.split(lengths, dim=2) for x in group.combine(*own, joined(seen)))
+    mean, log = ([part.unflatten(1, (-1, groups)).flatten(2, 3) for part in parts] for parts in split)
+    return list(zip(mean, log, strict=True))

@@ -4,7 +4,8 @@ A `State` is tensors by name and facts that JSON can hold. Of a compressed layer
 
     sink.SIDE, recent.SIDE    exact tokens [B, H, n, D]
     table.ids, table.fill     int32 [B, pages]; ids count the pages below from 0
-    pages.SIDE.PART           the coded parts of the pages that a row names, each once, [n, H, ...]
+    pages                     int64 [n, page_bytes / 8], the records of the pages that a row names, each once: numbers
+                              of 8 bytes, so that parts of a record are aligned where a file is mapped
     fit.SIDE.NAME             what was learned, [rows, H, ...]; basis.SIDE.NAME where it came from a basis file
     queries.INDEX             [H*G, n, D], kept for a fit that is still to come, each once
 
@@ -14,6 +15,7 @@ shares another's nothing. A layer of any other kind is refused.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -21,23 +23,30 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
+from kvcompress import validation
 from kvcompress.basis import Basis, named
 from kvcompress.codecs import SIDES, within
 from kvcompress.history import History
-from kvcompress.store import PAGE, PageTable
+from kvcompress.shapes import described
+from kvcompress.store import PagePool, PageTable
 
 if TYPE_CHECKING:
     from kvcompress.layer import CompressedLayer
 
 TOLERANCE = 1e-3  # of its norm, between what a page is decoded to on one device and on another
+CHECKED = 16  # rows whose first page is decoded
 
 
 @dataclass
 class State:
-    """Tensors by name, and facts that JSON can hold."""
+    """Tensors by name, and facts that JSON can hold.
+
+    numbers: whether those in pages are to be looked at before they are put into a layer.
+    """
 
     tensors: dict[str, Tensor] = field(default_factory=dict)
     facts: dict[str, Any] = field(default_factory=dict)
+    numbers: bool = True
 
     @property
     def basis(self) -> Basis | None:
@@ -50,10 +59,12 @@ class State:
 
 
 class Part(NamedTuple):
-    """One thing that kinds of layers hold: how to take it out of a layer and how to put it into a new one."""
+    """One thing that kinds of layers hold: how to take it out of a layer, how to put it into a new one, and how its
+    tensors' names begin."""
 
     take: Callable[[Any], State]
     put: Callable[[Any, State], None]
+    names: tuple[str, ...]
 
 
 def take(index: int, layer: Any) -> State:
@@ -77,11 +88,36 @@ def put(layer: Any, state: State) -> None:
     kind, wanted = state.facts.get("kind"), type(layer).__name__
     if kind != wanted:
         raise ValueError(f"it is a {kind}, the model has a {wanted} there")
+    names = tuple(name for part in KINDS[wanted] for name in part.names)
+    more = sorted(name for name in state.tensors if not name.startswith(names))
+    if more:
+        raise ValueError(f"a {kind} holds no {', '.join(more[:3])}")
     try:
         for part in KINDS[wanted]:
-            part.put(layer, state)
+            part.put(layer, State(within_names(state.tensors, part.names), state.facts, state.numbers))
     except (KeyError, IndexError, TypeError, AttributeError, RuntimeError) as error:
         raise ValueError(f"what it holds is not complete: {error!r}") from error
+
+
+def share(layer: Any, source: Any) -> None:
+    """Make a layer that holds nothing yet hold what another does; what is never changed in place is shared.
+
+    Raises ValueError where the layers are of different kinds, or of one that is not known.
+    """
+    kind = type(source).__name__
+    if type(layer) is not type(source) or kind not in KINDS:
+        raise ValueError(f"a {kind} cannot be shared with a {type(layer).__name__}; known are {', '.join(KINDS)}")
+    for part in KINDS[kind]:
+        if part is COMPRESSED:
+            layer.adopt(source)
+        else:
+            own = part.take(source)
+            part.put(layer, State({name: x.detach().clone() for name, x in own.tensors.items()}, own.facts))
+
+
+def within_names(tensors: dict[str, Tensor], names: tuple[str, ...]) -> dict[str, Tensor]:
+    """The tensors whose names begin with one of `names`."""
+    return {name: x for name, x in tensors.items() if name.startswith(names)}
 
 
 def _take_compressed(layer: CompressedLayer) -> State:
@@ -101,12 +137,16 @@ def _take_compressed(layer: CompressedLayer) -> State:
     result.tensors |= {f"queries.{index}": kept[own] for index, own in enumerate(order)}
     result.tensors |= {"table.ids": torch.tensor(ids, dtype=torch.int32).view_as(history.table.ids)}
     result.tensors |= {"table.fill": history.table.fill}
-    for name, pair in (("sink", history.sink), ("recent", history.recent)):
+    held = max(history.held)  # rows that had more may have left
+    recent = tuple(x[:, :, x.shape[2] - held :] for x in history.recent)
+    for name, pair in (("sink", history.sink), ("recent", recent)):
         result.tensors |= {f"{name}.{side}": x for side, x in zip(SIDES, pair, strict=True)}
     if pages:
-        result.tensors |= {f"pages.{name}": x for name, x in history.pool.read(torch.tensor(pages)).items()}
-    if not history.preset:
-        result.tensors |= named("fit", history.fits)
+        assert history.pool.layout is not None
+        result.tensors["pages"] = history.pool.saved(torch.tensor(pages)).view(torch.int64)
+        result.facts["record"] = described(history.pool.layout)
+        if not history.preset:
+            result.tensors |= named("fit", history.fits)
     result.facts |= {
         "lengths": history.lengths,
         "pads": history.pads,
@@ -119,9 +159,14 @@ def _take_compressed(layer: CompressedLayer) -> State:
 
 def _put_compressed(layer: CompressedLayer, state: State) -> None:
     tensors, facts = state.tensors, state.facts
-    layer.record_past = bool(facts["record_past"])
+    layer.record_past = _flag(facts["record_past"])
+    if layer.spec.basis not in ("prompt", "shared") and layer.basis is None:
+        raise ValueError(f"its spec says basis={layer.spec.basis}, and it does not hold what that file held")
     if "lengths" not in facts:
+        if any(not name.startswith("basis.") for name in tensors):
+            raise ValueError(f"it says that it holds no tokens, and holds {', '.join(sorted(tensors)[:3])}")
         return
+    validation.check_exact(layer.config, facts, tensors)
     recent = (tensors["recent.key"], tensors["recent.value"])
     layer.lazy_initialization(*recent)
     history = layer.history
@@ -131,12 +176,13 @@ def _put_compressed(layer: CompressedLayer, state: State) -> None:
     none = recent[0].new_empty(0, 0, 0)
     history.queries = [none if i < 0 else tensors[f"queries.{i}"] for i in facts["query_of"]]
     history.table = PageTable(tensors["table.ids"].cpu(), tensors["table.fill"].cpu())
-    if not history.preset:
+    if not history.preset and any(history.coded):
         history.fits = tuple(within(tensors, f"fit.{side}.") for side in SIDES)
-    pages = within(tensors, "pages.")
-    _validate(history, {len(part) for part in pages.values()} or {0})
-    if pages:
-        history.pool.write(pages)
+    layout = validation.check_history(layer, history, facts, tensors)
+    if "pages" in tensors:
+        history.pool = layer.shared.pool(recent[0].device, PagePool.of(layout, tensors["pages"].view(torch.uint8)))
+    if state.numbers:
+        validation.check_numbers(history)
     for side, saved, (found, norm) in zip(SIDES, facts["check"], _checks(history), strict=True):
         if not abs(saved - found) <= TOLERANCE * norm:
             raise ValueError(
@@ -145,41 +191,19 @@ def _put_compressed(layer: CompressedLayer, state: State) -> None:
             )
 
 
-def _validate(history: History, pages: set[int]) -> None:
-    """Raises ValueError where the parts of a history contradict each other. pages: how many each part has."""
-    rows, heads, _, _ = history.sink[0].shape
-    ids, fill = history.table.ids, history.table.fill
-    listed = [len(x) for x in (history.lengths, history.pads, history.fit_of, history.queries)] + [len(ids), len(fill)]
-    if set(listed) != {rows}:
-        raise ValueError(f"what it holds contradicts itself: {rows} rows have sinks, others {sorted(set(listed))}")
-    held = history.held
-    known = min((len(x) for fit in history.fits for x in fit.values()), default=rows)
-    checks = {
-        "lengths": min(held) >= 0
-        and min(history.pads) >= 0
-        and len({n + pad for n, pad in zip(history.lengths, history.pads, strict=True)}) == 1,
-        "exact tokens": all(x.shape[:3] == (rows, heads, history.sinks) for x in history.sink)
-        and all(x.shape[:2] == (rows, heads) and x.shape[2] >= max(held) for x in history.recent),
-        "pages": pages == {int(ids.max()) + 1 if ids.numel() else 0}
-        and ids.shape == fill.shape
-        and bool(((fill >= 0) & (fill <= PAGE) & ((ids >= 0) == (fill > 0))).all()),
-        "fits": all(
-            (0 if coded else -1) <= place < known for place, coded in zip(history.fit_of, history.coded, strict=True)
-        ),
-    }
-    wrong = [name for name, holds in checks.items() if not holds]
-    if wrong:
-        raise ValueError(f"what it holds contradicts itself: {', '.join(wrong)}")
-
-
 def _checks(history: History) -> list[tuple[float, float]]:
-    """A weighted sum of what every row's first page is decoded to, and its norm; of keys and of values.
+    """A weighted sum of what the first CHECKED rows' first pages are decoded to, and its norm; of keys and of values.
 
     A codec that has come to mean something else, or other means and bases, would not give the same sum again.
     """
     if not any(history.coded):
         return [(0.0, 0.0)] * len(SIDES)
-    block = next(history.blocks(1))
+    if len(history.lengths) > CHECKED:
+        history = copy.copy(history)
+        history.select(torch.arange(CHECKED))
+    block = next(history.blocks(1), None)
+    if block is None:
+        return [(0.0, 0.0)] * len(SIDES)
     rows = (history.table.ids[:, 0] >= 0).to(block.key.device)
     sums = []
     for side in range(len(SIDES)):
@@ -193,16 +217,45 @@ def _checks(history: History) -> list[tuple[float, float]]:
 
 def _take_sliding(layer: Any) -> State:
     held = {"keys": layer.keys, "values": layer.values} if layer.is_initialized else {}
-    return State(held, {"cumulative_length": layer.cumulative_length, "record_past": layer.record_past})
+    facts = {"cumulative_length": layer.cumulative_length, "record_past": layer.record_past, "window": _shapes(held)}
+    return State(held, facts)
+
+
+def _shapes(tensors: dict[str, Tensor]) -> dict[str, list[Any]]:
+    """Dtypes and shapes as JSON holds them: what only the model could say better."""
+    return {name: [str(x.dtype), list(x.shape)] for name, x in tensors.items()}
 
 
 def _put_sliding(layer: Any, state: State) -> None:
-    if "keys" in state.tensors:
-        held = state.tensors["keys"], state.tensors["values"]
-        layer.lazy_initialization(*held)
-        layer.keys, layer.values = held
-    layer.cumulative_length = int(state.facts["cumulative_length"])
-    layer.record_past = bool(state.facts["record_past"])
+    tokens, layer.record_past = state.facts["cumulative_length"], _flag(state.facts["record_past"])
+    if type(tokens) is not int or not 0 <= tokens <= validation.LONGEST or bool(tokens) != bool(state.tensors):
+        raise ValueError(f"it says that it has seen {tokens!r} tokens")
+    if tokens:
+        key, value = state.tensors["keys"], state.tensors["values"]
+        if state.facts["window"] != _shapes(state.tensors):
+            raise ValueError("its window is of other dtypes or shapes than it says")
+        least = min(tokens, layer.sliding_window - 1)
+        most = tokens if layer.record_past or layer.sliding_window == 1 else least
+        if key.ndim != 4 or key.shape[:3] != value.shape[:3] or key.dtype != value.dtype or value.ndim != 4:
+            raise ValueError(f"its keys {tuple(key.shape)} and values {tuple(value.shape)} are not of the same tokens")
+        if not least <= key.shape[2] <= most:
+            raise ValueError(f"it holds {key.shape[2]} tokens, after {tokens} a window has {least} to {most}")
+        _check_numbers(key, value)
+        layer.lazy_initialization(key, value)
+        layer.keys, layer.values = key, value
+    layer.cumulative_length = tokens
+
+
+def _flag(value: object) -> bool:
+    if not isinstance(value, bool):
+        raise ValueError(f"it says {value!r} where true or false is due")
+    return value
+
+
+def _check_numbers(*tensors: Tensor) -> None:
+    for x in tensors:
+        if x.dtype not in validation.DTYPES or not bool(torch.isfinite(x).all()):
+            raise ValueError(f"it holds {x.dtype} or numbers that are not finite, where finite ones are due")
 
 
 def _take_linear(layer: Any) -> State:
@@ -213,11 +266,15 @@ def _take_linear(layer: Any) -> State:
         "has_previous_state": [layer.has_previous_state[i] for i in states],
         "conv_kernel_size": [layer.conv_kernel_size[i] for i in states],
         "record_past": layer.record_past,
+        "states": _shapes(tensors),
     }
     return State(tensors, facts)
 
 
 def _put_linear(layer: Any, state: State) -> None:
+    layer.record_past = _flag(state.facts["record_past"])
+    if state.facts["states"] != _shapes(state.tensors):
+        raise ValueError("its states of linear attention are of other dtypes or shapes than it says")
     for i in range(layer.number_of_states):
         for name, held, known in (
             ("conv", layer.conv_states, layer.is_conv_states_initialized),
@@ -225,16 +282,25 @@ def _put_linear(layer: Any, state: State) -> None:
         ):
             if f"{name}.{i}" in state.tensors:
                 held[i], known[i] = state.tensors[f"{name}.{i}"], True
-        if layer.device is None and layer.is_conv_states_initialized[i]:
-            layer.dtype, layer.device = layer.conv_states[i].dtype, layer.conv_states[i].device
-        layer.has_previous_state[i] = bool(state.facts["has_previous_state"][i])
-        layer.conv_kernel_size[i] = state.facts["conv_kernel_size"][i]
-    layer.record_past = bool(state.facts["record_past"])
+                _check_numbers(held[i])
+        size = state.facts["conv_kernel_size"][i]
+        if layer.is_conv_states_initialized[i]:
+            width = layer.conv_states[i].shape[-1]
+            if type(size) is not int or not 0 < size <= width or (size < width and not layer.record_past):
+                raise ValueError(f"it says that the last {size!r} of {width} states are needed")
+            if layer.device is None:
+                layer.dtype, layer.device = layer.conv_states[i].dtype, layer.conv_states[i].device
+        elif size is not None:
+            raise ValueError(f"it says that the last {size!r} of no states are needed")
+        layer.has_previous_state[i] = _flag(state.facts["has_previous_state"][i])
+        layer.conv_kernel_size[i] = size
 
 
-COMPRESSED = Part(_take_compressed, _put_compressed)
-SLIDING = Part(_take_sliding, _put_sliding)
-LINEAR = Part(_take_linear, _put_linear)
+COMPRESSED = Part(
+    _take_compressed, _put_compressed, ("sink.", "recent.", "table.", "pages", "fit.", "basis.", "queries.")
+)
+SLIDING = Part(_take_sliding, _put_sliding, ("keys", "values"))
+LINEAR = Part(_take_linear, _put_linear, ("conv.", "recurrent."))
 
 MODULES = ("kvcompress.layer", "transformers.cache_utils")
 #: By the names of their classes, since releases of transformers differ in which they have.

@@ -43,6 +43,7 @@ class ReservedPool(PagePool):
         super().__init__()
         assert pool.layout is not None
         self.layout: RecordLayout = pool.layout
+        self.sealed = pool.sealed
         slab, self._spare = len(pool.slabs), len(pool.index()[0]) + pages
         device = pool.slabs[0].device
         with torch.inference_mode(False):

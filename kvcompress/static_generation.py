@@ -36,16 +36,19 @@ _current: ContextVar[Session | None] = ContextVar("kvcompress_session", default=
 
 
 class Session:
-    """One call of `generate`: what it calls instead of the model, ordinary until `begin` and until pages are closed."""
+    """One call of `generate`: what it calls instead of the model, ordinary until `begin` and until pages are closed.
+
+    cache: may be exchanged until then, where a prefill goes on from a stored prefix.
+    """
 
     def __init__(self, model: Any, cache: CompressedCache):
-        self._model, self._cache = model, cache
+        self._model, self.cache = model, cache
         self._columns: int | None = None  # that the cache may come to have; None before the prefill is done
         self._static: StaticModel | None = None
 
     def begin(self, tokens: int) -> None:
         """From here on every call is a decode step, of which `tokens` may come."""
-        self._columns = self._cache.get_seq_length() + tokens
+        self._columns = self.cache.get_seq_length() + tokens
 
     def close(self) -> None:
         """Give the cache back as it would be after ordinary decoding."""
@@ -58,7 +61,7 @@ class Session:
         logits = None if self._columns is None else self._logits(inputs)
         if logits is None:
             return self._model(**inputs)
-        return CausalLMOutputWithPast(logits=logits, past_key_values=self._cache)
+        return CausalLMOutputWithPast(logits=logits, past_key_values=self.cache)
 
     def _logits(self, inputs: dict[str, Any]) -> Tensor | None:
         """Of a static step; None where an ordinary one is due."""
@@ -66,22 +69,22 @@ class Session:
 
         try:
             if self._static is None:
-                reason = _unknown(inputs) or refuses(self._model, self._cache)
+                reason = _unknown(inputs) or refuses(self._model, self.cache)
                 if reason is not None:
                     raise StaticRefusalError(reason)
-                if waits(self._cache) is not None:
+                if waits(self.cache) is not None:
                     return None
                 self._static = self._taken_over(StaticModel, inputs)
             return self._static.step(inputs["input_ids"])
         except StaticRefusalError as error:
-            self._cache.refuse_static(str(error))
+            self.cache.refuse_static(str(error))
             self.close()
             return None
 
     def _taken_over(self, kind: type[StaticModel], inputs: dict[str, Any]) -> StaticModel:
         from kvcompress.static_model import StaticRefusalError, compressed_layers
 
-        history = compressed_layers(self._cache)[0].history
+        history = compressed_layers(self.cache)[0].history
         assert history is not None
         assert self._columns is not None
         pads = history.pads
@@ -90,7 +93,7 @@ class Session:
             hidden = [int((mask[row, pad:] == 0).sum()) for row, pad in enumerate(pads)]
             if any(hidden):
                 raise StaticRefusalError("static decoding takes no mask but that of left padding")
-        return kind(self._model, self._cache, self._columns - min(pads), inputs["position_ids"])
+        return kind(self._model, self.cache, self._columns - min(pads), inputs["position_ids"])
 
 
 def _unknown(inputs: dict[str, Any]) -> str | None:

@@ -166,6 +166,10 @@ def refuses(model: PreTrainedModel, cache: CompressedCache) -> str | None:
     kinds = sorted({type(layer).__name__ for layer in cache.layers if type(layer) is not CompressedLayer})
     if kinds:
         return f"layers of other kinds than full attention: {', '.join(kinds)}"
+    if cache.group is not None:
+        return f"a context that {cache.group.world} ranks hold together"
+    if cache.page_offload is not None:
+        return "a cache whose pages are offloaded"
     if config._attn_implementation != NAME:
         return f"{config._attn_implementation!r} attention, which decodes whole layers; it takes {NAME!r}"
     if "position_ids" not in inspect.signature(model.forward).parameters:

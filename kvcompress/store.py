@@ -8,7 +8,7 @@ copies nothing; pages that no row names any longer are found when the next ones 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -39,6 +39,23 @@ class PagePool:
         self._slab_of = torch.empty(0, dtype=torch.int64)
         self._slot_of = torch.empty(0, dtype=torch.int64)
         self._free: list[int] = []
+        self.sealed = 0  # slabs, the first ones: a fork may name their pages, so that no page of theirs is used again
+
+    @classmethod
+    def of(cls, layout: RecordLayout, records: Tensor) -> PagePool:
+        """A pool of the pages that `records` [n, page_bytes] holds, which becomes its slab; ids are 0 to n - 1."""
+        pool = cls()
+        pool.layout, pool.slabs = layout, [records]
+        pool._slab_of, pool._slot_of = torch.zeros(len(records), dtype=torch.int64), torch.arange(len(records))
+        return pool
+
+    def fork(self) -> PagePool:
+        """A pool of the same pages, which neither copies: from here on both write to slabs of their own only."""
+        self.sealed, self._free = len(self.slabs), []
+        fork = PagePool()
+        fork.layout, fork.slabs, fork.sealed = self.layout, list(self.slabs), self.sealed
+        fork._slab_of, fork._slot_of = self._slab_of, self._slot_of
+        return fork
 
     def write(self, coded: Coded) -> Tensor:
         """Store pages, parts [n, H, ...], in free places first; returns their ids, int32 [n] on the CPU.
@@ -65,12 +82,26 @@ class PagePool:
 
         Raises ValueError before the first write.
         """
+        records = self.records(ids)
+        assert self.layout is not None
+        return self.layout.views(records)
+
+    def records(self, ids: Tensor) -> Tensor:
+        """Pages as they lie there, uint8 [n, page_bytes]; a view where they lie side by side. Raises as `read` does."""
         if self.layout is None:
             raise ValueError("no pages have been written")
         slabs, counts = self._slab_of[ids].unique_consecutive(return_counts=True)
         runs = zip(slabs.tolist(), self._slot_of[ids].split(counts.tolist()), strict=True)
         pieces = [_take(self.slabs[slab], slots) for slab, slots in runs]
-        return self.layout.views(pieces[0] if len(pieces) == 1 else torch.cat(pieces))
+        return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+
+    def stream(self, groups: Sequence[Tensor]) -> Iterator[Coded]:
+        """`read` of one group of pages after another, each good until the next is asked for."""
+        return map(self.read, groups)
+
+    def saved(self, ids: Tensor) -> Tensor:
+        """As `records`, on the CPU."""
+        return self.records(ids).cpu()
 
     def collect(self, table: Tensor) -> None:
         """Let go of slabs of which `table` names no page, and make the other pages that it does not name free."""
@@ -80,7 +111,8 @@ class PagePool:
         alive[self._slab_of[used]] = True
         kept = zip(self.slabs, alive.tolist(), strict=True)
         self.slabs = [slab if keep else slab.new_empty(0, slab.shape[1]) for slab, keep in kept]
-        self._free = (~used & alive[self._slab_of]).nonzero().flatten().tolist()
+        writable = self._slab_of >= self.sealed
+        self._free = (~used & writable & alive[self._slab_of]).nonzero().flatten().tolist()
 
     @property
     def free(self) -> int:
@@ -99,6 +131,10 @@ class PagePool:
             return {}
         pages = storage_bytes(self.slabs) // self.layout.page_bytes
         return {name: pages * share for name, share in self.layout.shares().items()}
+
+    def away(self) -> dict[str, int]:
+        """Those of the stored bytes that are not on the device: by where they are, `host` or `disk`."""
+        return {}
 
     def index(self) -> tuple[Tensor, Tensor]:
         """Where each page lies: its slab and its slot in it, int64 on the CPU."""
@@ -123,7 +159,10 @@ def _take(slab: Tensor, slots: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class PageTable:
-    """Which pages make up each row, in order: ids (-1: none), counts of valid tokens, int32 [B, pages] on the CPU."""
+    """Which pages make up each row, in order: ids, counts of valid tokens (0: no page), int32 [B, pages] on the CPU.
+
+    Ids are -1 where there is no page, or where another rank keeps it (kvcompress/parallel.py).
+    """
 
     ids: Tensor
     fill: Tensor
@@ -137,9 +176,14 @@ class PageTable:
         """Coded tokens of each row."""
         return self.fill.sum(dim=1).tolist()
 
+    @property
+    def pages(self) -> list[int]:
+        """Pages of each row."""
+        return (self.fill > 0).sum(dim=1).tolist()
+
     def append(self, ids: Tensor, counts: list[int]) -> PageTable:
         """The table with `counts[row]` full pages more in each row; ids [sum of counts], row by row."""
-        held = (self.ids >= 0).sum(dim=1).tolist()
+        held = self.pages
         width = max(h + c for h, c in zip(held, counts, strict=True))
         grow = max(width - self.ids.shape[1], 0)
         table = torch.nn.functional.pad(self.ids, (0, grow), value=-1)
@@ -155,7 +199,7 @@ class PageTable:
         before = self.fill.cumsum(dim=1) - self.fill
         fill = (left.unsqueeze(1) - before).clamp(min=0).minimum(self.fill).to(torch.int32)
         ids = self.ids.masked_fill(fill == 0, -1)
-        width = int((ids >= 0).sum(dim=1).max()) if ids.numel() else 0
+        width = int((fill > 0).sum(dim=1).max()) if ids.numel() else 0
         return PageTable(ids[:, :width].clone(), fill[:, :width].clone())
 
     def select(self, rows: Tensor) -> PageTable:

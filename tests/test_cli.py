@@ -70,6 +70,32 @@ def run(*arguments: str) -> str:
     return result.stdout
 
 
+def test_generate_with_a_prefix_store(embedded: LlamaForCausalLM, tmp_path: Path):
+    """A second prompt that begins as the first one did goes on from its pages, and says the same as without."""
+    text = " ".join(f"w{i % 61}" for i in range(300))
+    options = ("--spec", "trellis3", "--max-new-tokens", "5")
+    store = ("--prefix-store", str(tmp_path / "prefixes"), "--min-tokens", "100")
+    first = run("generate", text, *options, *store)
+    assert "prefix store: 0 tokens of the prompt reused; 1 entries," in first
+    again = run("generate", f"{text} w3 w4", *options, *store)
+    assert "prefix store: 300 tokens of the prompt reused; 1 entries," in again
+    assert again.splitlines()[0] == run("generate", f"{text} w3 w4", *options).splitlines()[0]
+
+
+def test_generate_with_offloaded_pages(
+    embedded: LlamaForCausalLM, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It says the same as with all pages on the device, and where they are."""
+    options = (" ".join(f"w{i % 61}" for i in range(300)), "--spec", "lloyd3", "--max-new-tokens", "5")
+    found = run("generate", *options, "--offload", "0B", "--offload-folder", str(tmp_path))
+    assert found.splitlines()[0] == run("generate", *options).splitlines()[0]
+    assert "on disk" in found
+    assert list(tmp_path.iterdir()) == []
+    assert "--offload BYTES" in fail(capsys, "generate", "w1", "--offload-folder", str(tmp_path))
+    assert "'much' as a size" in fail(capsys, "generate", "w1", "--offload", "much")
+    assert "nowhere" in fail(capsys, "generate", "w1", "--offload", "0B", "--offload-folder", str(tmp_path / "nowhere"))
+
+
 def fail(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
     """The one line on stderr of a command that fails."""
     with pytest.raises(SystemExit) as exit_info:

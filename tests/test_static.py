@@ -203,7 +203,9 @@ def test_matrix_instructions_of_a_loop_before_it_is_compiled():
     assert matrix_instructions("\n".join([layout, other, dot, "}"])) == 0
 
 
-ROW = Row("decode", "trellis3", "sm_90", 128, 1, 1, 16384, {}, 227 * 1024, registers=172, spills=0, shared_bytes=8192, i2f=0)
+ROW = Row(
+    "decode", "trellis3", "sm_90", 128, 1, 1, 16384, {}, 227 * 1024, registers=172, spills=0, shared_bytes=8192, i2f=0
+)
 
 
 @pytest.mark.parametrize(

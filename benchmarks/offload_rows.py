@@ -1,0 +1,88 @@
+"""The rows of `python -m benchmarks offload`, one a context, spec and budget, and its table.md."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from benchmarks.tables import markdown
+from benchmarks.timing import Quartiles
+from kvcompress.memory import format_bytes
+
+Key = tuple[int, str, str]
+#: The row that the others are compared with: a cache that offloads nothing.
+RESIDENT = "resident"
+
+
+@dataclass(frozen=True)
+class Row:
+    """What was measured; None where it was not. status: "ok", else why there is no more, with a `reason`.
+
+    budget: the share of the coded pages' bytes that may be on the device, such as "50%"; RESIDENT: no offload. Seconds
+    of a decode step: the median with quartiles (_q1, _q3). device_bytes, host_bytes, disk_bytes: where pages and all
+    else that the cache holds lay. peak_bytes: by how much, on CUDA, a step raised the device's memory at its highest.
+    same_logits: whether the last step's are those of the cache that offloads nothing, bit for bit.
+    """
+
+    cache: str
+    context: int
+    budget: str
+    seed: int
+    library: str
+    spec: dict[str, Any] | None = None
+    status: str = "ok"
+    reason: str | None = None
+    seconds: float | None = None
+    seconds_q1: float | None = None
+    seconds_q3: float | None = None
+    device_bytes: int | None = None
+    host_bytes: int | None = None
+    disk_bytes: int | None = None
+    peak_bytes: int | None = None
+    same_logits: bool | None = None
+
+    @property
+    def key(self) -> Key:
+        return self.context, self.cache, self.budget
+
+    def timed(self, seconds: Sequence[float]) -> Row:
+        """The row with the times of its steps."""
+        found = Quartiles.of(seconds)
+        return replace(self, seconds=found.median, seconds_q1=found.lower, seconds_q3=found.upper)
+
+
+NOTES = """Milliseconds of a decode step: medians, with quartiles in brackets, the budgets taking turns step by step.
+*budget*: the share of the bytes of coded pages that may be on the device; the others are read back at every step.
+*times*: of the step with all pages on the device. Bytes are those of the whole cache, by where they lie."""
+
+HEADINGS = ("cache", "budget", "step, ms", "times", "on the device", "host memory", "disk", "same logits")
+
+
+def document(rows: Sequence[Row], title: str) -> str:
+    """The whole of table.md."""
+    parts = ["# Decode steps with offloaded pages", title + ".", NOTES]
+    for context in sorted({row.context for row in rows}):
+        own = [row for row in rows if row.context == context]
+        parts += [
+            f"## {context:,} tokens",
+            markdown(list(HEADINGS), len(HEADINGS) - 2, [cells(row, own) for row in own]),
+        ]
+    parts += [f"* {row.cache}, {row.context:,}, {row.budget}: {row.status}: {row.reason}" for row in rows if row.reason]
+    return "\n\n".join(parts) + "\n"
+
+
+def cells(row: Row, rows: Sequence[Row]) -> list[str]:
+    """A row as text, a dash for what is missing; `rows`: all of its context."""
+    whole = [each.seconds for each in rows if each.cache == row.cache and each.budget == RESIDENT]
+    ratio = None if not whole or whole[0] is None or row.seconds is None else row.seconds / whole[0]
+    ends = (row.seconds, row.seconds_q1, row.seconds_q3)
+    sizes = (row.device_bytes, row.host_bytes, row.disk_bytes)
+    return [
+        row.cache if row.status == "ok" else f"{row.cache} ({row.status})",
+        row.budget,
+        "-" if row.seconds is None else "{:.3g} ({:.3g} to {:.3g})".format(*(1000 * (x or 0) for x in ends)),
+        "-" if ratio is None else f"{ratio:.2f}",
+        *("-" if size is None else format_bytes(size) for size in sizes),
+        "-" if row.same_logits is None else "yes" if row.same_logits else "no",
+    ]
