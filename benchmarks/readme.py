@@ -1,7 +1,7 @@
-"""The tables and figures of README.md, made from the committed results: ``python -m benchmarks.readme`` rewrites them.
+"""The tables and figures of the READMEs, made from committed results: ``python -m benchmarks.readme`` rewrites them.
 
 A block stands between ``<!-- NAME: python -m benchmarks.readme -->`` and ``<!-- end -->``; tests/test_readme.py fails
-where README.md says anything else than the results do.
+where one says anything else than the results do.
 """
 
 from __future__ import annotations
@@ -11,10 +11,13 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
-from benchmarks import memory_rows
+from benchmarks import memory_rows, static, vllm_check
 from benchmarks.caches import OUR_SIDE, PEER_SIDE
+from benchmarks.code_error import ErrorRow
 from benchmarks.log import read
 from benchmarks.pareto import Spread, Summary, best_at, panels, ratio, summarise
+from benchmarks.prefill_memory import PrefillRow
+from benchmarks.report.quick import QuickRow
 from benchmarks.rows import Row
 from benchmarks.scaling_rows import ScalingRow
 from benchmarks.scaling_tables import spread
@@ -24,7 +27,8 @@ from kvcompress.spec import DEFAULT_SPEC
 
 ROOT = Path(__file__).parent.parent
 RESULTS = Path(__file__).parent / "results"
-BLOCK = re.compile(r"(<!-- (\w+): python -m benchmarks\.readme -->\n).*?(<!-- end -->)", re.DOTALL)
+FILES = (ROOT / "README.md", ROOT / "kvcompress" / "vllm" / "README.md")
+BLOCK = re.compile(r"(<!-- (\w+): python -m benchmarks\.readme -->\n).*?( *<!-- end -->)", re.DOTALL)
 
 #: What the table of quality shows, of all that was measured.
 SHOWN = (
@@ -35,6 +39,8 @@ SHOWN = (
 )  # fmt: skip
 PLAIN, HARD = ("embedded", 4096), ("embedded-hard", 4096)
 RATES = (2.0, 3.0, 4.0)
+#: Codecs whose kernel's cost is told.
+COMPILED = ("trellis3", "spectral3", "lloyd3", "lloyd4", "kivi2", "kivi4")
 #: Families whose fitted base is told.
 FITTED = ("trellis", "spectral", "prerope+spectral")
 
@@ -146,27 +152,80 @@ def memory(results: Path) -> str:
     return markdown(["geometry", "filled", "tokens", "bfloat16", "compressed", "smaller", "bits/elem"], 5, lines)
 
 
-#: What every block of README.md is made by.
+def prefill(results: Path) -> str:
+    """How far memory rose during a chunked prefill."""
+    rows = read(results / "prefill_memory" / "results.jsonl", PrefillRow)
+    row = next(row for row in rows if row.cache == DEFAULT_SPEC)
+    return (
+        "A chunked prefill stays below what the uncompressed cache alone would take: "
+        f"{row.tokens:,} tokens whose cache would be\n{row.uncompressed_bytes / 1e6:,.0f} MB made the process grow by "
+        f"at most {row.peak_bytes / 1e6:,.0f} MB, the codes included (`python -m benchmarks.prefill_memory`).\n"
+    )
+
+
+def kernels(results: Path) -> str:
+    """What decoding costs as compiled for the chip that budgets are kept on."""
+    rows = read(results / "static" / "results.jsonl", static.Row)
+    decode = [row for row in rows if (row.kernel, row.arch, row.head_dim) == ("decode", "sm_90", 128)]
+    cost = {row.codec: row.lane_instructions_per_element or 0.0 for row in decode}
+    told = ", ".join(f"{cost[name]:.1f} for `{name}`" for name in COMPILED)
+    spills = sum(row.spills or 0 for row in decode)
+    return (
+        f"  Compiled for sm_90, decoding takes this many lane-instructions a cached element:\n  {told};\n"
+        f"  {spills or 'no'} spills (`python -m benchmarks static`).\n"
+    )
+
+
+def steps(results: Path) -> str:
+    """What a decode step takes in PyTorch."""
+    rows = {row.cache: row for row in read(results / "quick" / "results.jsonl", QuickRow)}
+    first, second = (f"{rows[name].step_ratio or 0.0:.0f} times" for name in (DEFAULT_SPEC, "trellis3"))
+    return (
+        "* In PyTorch, block by block, memory is bounded, but a decode step at 8192 tokens takes "
+        f"{first} as long as an\n  uncompressed one with `{DEFAULT_SPEC}`, {second} with `trellis3` "
+        "(`python -m benchmarks quick`, two CPU cores).\n"
+    )
+
+
+def errors(results: Path) -> str:
+    """The codes' errors on unit Gaussians."""
+    rows = sorted(read(results / "code_error" / "results.jsonl", ErrorRow), key=lambda row: row.bits)
+    lines = [[str(row.bits), *(f"{error:.4f}" for error in (row.trellis, row.lloyd, row.bound))] for row in rows]
+    table = markdown(["bits", "trellis", "Lloyd-Max", "rate-distortion bound"], 3, lines)
+    return "".join(f"  {line}\n" for line in table.splitlines())
+
+
+def vllm(results: Path) -> str:
+    """What vLLM holds and says with the plugin."""
+    return vllm_check.table(read(results / "vllm" / "results.jsonl", vllm_check.ServerRow))
+
+
+#: What every block is made by.
 BLOCKS: dict[str, Callable[[Path], str]] = {
     "quality": quality,
     "rates": rates,
     "scaling": scaling,
     "embedded": embedded,
     "memory": memory,
+    "prefill": prefill,
+    "kernels": kernels,
+    "steps": steps,
+    "errors": errors,
+    "vllm": vllm,
 }
 
 
 def rewritten(text: str, results: Path = RESULTS) -> str:
-    """README's text with all blocks made anew; raises ValueError for a block that nothing makes."""
+    """A README's text with all blocks made anew; raises ValueError for a block that nothing makes."""
 
     def made(match: re.Match[str]) -> str:
         if match[2] not in BLOCKS:
-            raise ValueError(f"README.md has a block {match[2]!r}; known: {', '.join(BLOCKS)}")
+            raise ValueError(f"there is a block {match[2]!r}; known: {', '.join(BLOCKS)}")
         return match[1] + BLOCKS[match[2]](results) + match[3]
 
     return BLOCK.sub(made, text)
 
 
 if __name__ == "__main__":
-    path = ROOT / "README.md"
-    path.write_text(rewritten(path.read_text("utf-8")), "utf-8")
+    for path in FILES:
+        path.write_text(rewritten(path.read_text("utf-8")), "utf-8")

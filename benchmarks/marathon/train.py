@@ -9,16 +9,21 @@ rate having fallen to zero.
 
 from __future__ import annotations
 
+import random
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
 import numpy as np
 import torch
 import typer
+from safetensors.torch import load_model, save_model
 
 from benchmarks.embedded.corpus import Mixture, Shares
 from benchmarks.embedded.loop import Phase, optimise
 from benchmarks.embedded.train import SEED, export, prepare
+from benchmarks.marathon.lengthen import Documents, Lengthening, lengthen
+from benchmarks.marathon.match import match
 from benchmarks.marathon.model import GLOBAL, TRAINING, begin_from
 from benchmarks.marathon.plant import plant_lookup
 from kvcompress import models
@@ -33,7 +38,12 @@ PHASES = (
     Phase(steps=60, rows=8, context=1024, shares=Shares(recall=0.55, code=0.05, repeat=0.10, spacing=40)),
     Phase(steps=30, rows=2, context=4096, shares=Shares(recall=0.60, code=0.05, repeat=0.0, spacing=64)),
     Phase(steps=20, rows=1, context=16384, shares=Shares(recall=0.70, code=0.0, repeat=0.0, spacing=128)),
+    Phase(steps=230, rows=2, context=4096, shares=Shares(recall=0.25, code=0.10, repeat=0.02, spacing=64)),
+    Phase(steps=80, rows=1, context=16384, shares=Shares(recall=0.30, code=0.10, repeat=0.0, spacing=128)),
+    Phase(steps=12, rows=1, context=65536, shares=Shares(recall=0.40, code=0.10, repeat=0.0, spacing=256)),
 )
+LONG = 32_768  # tokens of the documents that the look-up is made exact on
+LENGTHENINGS = (Lengthening(), Lengthening(documents=14, recall=0.7, answer_weight=8.0))
 SAMPLE = 8000  # tokens of text that the look-up is fitted on
 
 
@@ -56,6 +66,29 @@ def train(
         plant_lookup(model, GLOBAL, sample, torch.Generator().manual_seed(SEED))
 
     optimise(model, PHASES, draw, work / "state.pt", PEAK, plant)
+    rng = random.Random(SEED)
+
+    def long() -> np.ndarray:
+        start = rng.randrange(len(prose) - LONG)
+        return np.concatenate([[0], prose[start : start + LONG].astype(np.int64)])
+
+    def matched() -> None:
+        for number, loss in match(model, long):
+            print(f"matching, document {number + 1} loss {loss:.4f}", flush=True)
+
+    def lengthened(stage: int) -> None:
+        documents = Documents(fast.backend_tokenizer, prose, code, LENGTHENINGS[stage], SEED + stage)
+        for number, tokens, loss in lengthen(model, documents):
+            print(f"document {number + 1}/{documents.settings.documents} tokens {tokens} loss {loss:.4f}", flush=True)
+
+    stages = {"matched": matched} | {f"lengthened-{i}": partial(lengthened, i) for i in range(len(LENGTHENINGS))}
+    for name, stage in stages.items():
+        done = work / f"{name}.safetensors"
+        if done.exists():
+            load_model(model, done)
+        else:
+            stage()
+            save_model(model, str(done))
     export(model, tokenizer, work / "model")
 
 
