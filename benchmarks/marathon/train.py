@@ -1,10 +1,11 @@
 """Train the marathon model: ``python -m benchmarks.marathon.train BOOKS --work DIR``.
 
 It begins with the embedded model's weights (`model.begin_from`) and its tokenizer and text, at half the learning rate.
-After 450 steps a look-up is planted (`plant`), since a single head does not soon learn to look back by itself. It ends
-on documents of 16,384 tokens, whose facts are stated thousands of tokens before they are asked for. The shipped weights
-come from a run to which the phases from the planting on were added when the first 450 steps were done, their learning
-rate having fallen to zero.
+After 450 steps a look-up is planted (`plant`), since a single head does not soon learn to look back by itself. Then the
+look-up is made exact (`match`), and what stands above it learns to read it in documents of up to 262,144 tokens
+(`lengthen`), the second time with answers weighing more. The shipped weights come from a run to which phases were added
+when those before were done, their learning rate having fallen to zero, and whose last stage began at the exported
+weights of the one before.
 """
 
 from __future__ import annotations
