@@ -10,7 +10,6 @@ log-sum-exp is taken of unrounded weights.
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
@@ -26,6 +25,8 @@ pytest.importorskip("triton", reason="the kernels need Triton")
 from kvcompress.kernels.chunk import attend_chunk
 from kvcompress.kernels.dense import attend_dense, split_count
 from kvcompress.kernels.merge import merge
+
+from benchmarks.log import readable
 
 ROOT = Path(__file__).resolve().parents[1]
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -332,17 +333,17 @@ def test_under_the_interpreter():
 
 @pytest.mark.slow
 @pytest.mark.skipif(INTERPRETED, reason="interpreted functions cannot be compiled")
-def test_compiled():
+def test_compiled(tmp_path: Path):
     """At head_dim 128 in bfloat16 nothing spills on an H100; keys and values come straight to shared memory.
 
     A program that decodes takes at most half of the shared memory: two of them hide each other's waits. Other
     chips: the budgets that `python -m benchmarks static` holds.
     """
     modules = " ".join(f"kvcompress.kernels.{name}" for name in ("dense", "merge", "chunk"))
-    options = ["--json", "--head-dim", "128", "--arch", "sm_90", "--module", modules]
+    options = ["--head-dim", "128", "--arch", "sm_90", "--module", modules, "--output", str(tmp_path)]
     command = [sys.executable, "-m", "benchmarks", "static", *options]
-    done = subprocess.run(command, cwd=ROOT, env=without_interpreter(), capture_output=True, text=True)
-    rows = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    subprocess.run(command, cwd=ROOT, env=without_interpreter(), capture_output=True)
+    rows = readable((tmp_path / "results.jsonl").read_text().splitlines())
     assert {row["kernel"] for row in rows} == {"dense", "merge", "chunk"}
     assert [(row["constants"], row["spill_detail"]) for row in rows if row["spills"] != 0] == []
     assert [row["over_budget"] for row in rows if row["over_budget"]] == []

@@ -23,6 +23,7 @@ NO_OPTIONS = {"spectra"}
 BARE = {
     "gpu": "python -m benchmarks gpu",
     "static": "python -m benchmarks static",
+    "vllm": "python -m benchmarks.vllm_check",
     "code_error": "python -m benchmarks.code_error",
     "embedded": "python -m benchmarks.embedded.report BOOK --output FILE",
 }
