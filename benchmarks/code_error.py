@@ -6,6 +6,7 @@ Vectors of WIDTH, each with its gain, as a rotated key or value is coded. The bo
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -14,6 +15,7 @@ import torch
 import typer
 
 from benchmarks.log import open_log
+from benchmarks.tables import markdown
 from kvcompress.codecs.lloyd import LloydMax
 from kvcompress.codecs.trellis import Trellis
 
@@ -41,6 +43,11 @@ def measure(bits: int) -> ErrorRow:
     quantisers = Trellis(bits), LloydMax(bits)
     ours, lloyd = ((vectors - q.decode(q.encode(vectors), WIDTH)).square().mean().item() for q in quantisers)
     return ErrorRow(bits, ours, lloyd, 4.0**-bits)
+
+
+def table(rows: Sequence[ErrorRow]) -> str:
+    lines = [[str(row.bits), *(f"{error:.4f}" for error in (row.trellis, row.lloyd, row.bound))] for row in rows]
+    return markdown(["bits", "trellis", "Lloyd-Max", "rate-distortion bound"], 4, lines)
 
 
 def main(

@@ -11,9 +11,8 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
-from benchmarks import memory_rows, static, vllm_check
+from benchmarks import code_error, memory_rows, static, vllm_check
 from benchmarks.caches import OUR_SIDE, PEER_SIDE
-from benchmarks.code_error import ErrorRow
 from benchmarks.log import read
 from benchmarks.pareto import Spread, Summary, best_at, panels, ratio, summarise
 from benchmarks.prefill_memory import PrefillRow
@@ -189,10 +188,8 @@ def steps(results: Path) -> str:
 
 def errors(results: Path) -> str:
     """The codes' errors on unit Gaussians."""
-    rows = sorted(read(results / "code_error" / "results.jsonl", ErrorRow), key=lambda row: row.bits)
-    lines = [[str(row.bits), *(f"{error:.4f}" for error in (row.trellis, row.lloyd, row.bound))] for row in rows]
-    table = markdown(["bits", "trellis", "Lloyd-Max", "rate-distortion bound"], 3, lines)
-    return "".join(f"  {line}\n" for line in table.splitlines())
+    rows = sorted(read(results / "code_error" / "results.jsonl", code_error.ErrorRow), key=lambda row: row.bits)
+    return "".join(f"  {line}\n" for line in code_error.table(rows).splitlines())
 
 
 def vllm(results: Path) -> str:

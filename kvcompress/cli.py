@@ -29,6 +29,13 @@ SpecOption = Annotated[
     str | None,
     typer.Option("--spec", help="How to compress the cache, such as trellis3 or trellis:k4v2; see: kvcompress specs"),
 ]
+PrefixStoreOption = Annotated[
+    Path | None,
+    typer.Option(help="Folder that keeps what was read of prompts: later ones that begin alike go on from there."),
+]
+MinTokensOption = Annotated[
+    int, typer.Option(min=1, help="With --prefix-store: the fewest tokens that are worth keeping, or going on from.")
+]
 
 
 @dataclass
@@ -96,14 +103,8 @@ def generate(
         Dtype, typer.Option(help="The model's and the exact tokens'; auto: as the model is stored.")
     ] = "auto",
     seed: Annotated[int | None, typer.Option(help="Makes sampling (a temperature above 0) repeatable.")] = None,
-    prefix_store: Annotated[
-        Path | None,
-        typer.Option(help="Folder that keeps what was read of prompts: later ones that begin alike go on from there."),
-    ] = None,
-    min_tokens: Annotated[
-        int,
-        typer.Option(min=1, help="With --prefix-store: the fewest tokens that are worth keeping, or going on from."),
-    ] = 1024,
+    prefix_store: PrefixStoreOption = None,
+    min_tokens: MinTokensOption = 1024,
     offload: Annotated[
         str | None,
         typer.Option(help="Bytes of the cache's pages on the device at most, such as 4GiB; the rest waits elsewhere."),
@@ -325,14 +326,8 @@ def serve(
     cache_budget: Annotated[
         str | None, typer.Option(help="Bytes that one request's cache may come to, such as 2GiB.")
     ] = None,
-    prefix_store: Annotated[
-        Path | None,
-        typer.Option(help="Folder that keeps what was read of prompts: later ones that begin alike go on from there."),
-    ] = None,
-    min_tokens: Annotated[
-        int,
-        typer.Option(min=1, help="With --prefix-store: the fewest tokens that are worth keeping, or going on from."),
-    ] = 1024,
+    prefix_store: PrefixStoreOption = None,
+    min_tokens: MinTokensOption = 1024,
     prefill_chunk: Annotated[int, typer.Option(min=1, help="Tokens of a prompt that are read at a time.")] = 4096,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps; auto: all GPUs where there are some.")] = "auto",
     dtype: Annotated[Dtype, typer.Option(help="The model's and the exact tokens'; auto: as it is stored.")] = "auto",

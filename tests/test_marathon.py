@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import random
-
 import numpy as np
 import pytest
 import torch
@@ -53,7 +51,6 @@ def test_documents_ask_for_facts_that_stand_before() -> None:
 
     prose, code = np.full(20_000, 1, np.int64), np.full(20_000, 2, np.int64)
     documents = Documents(Words(), prose, code, SMALL, seed=1)  # type: ignore[arg-type]
-    random.seed(0)
     asked = 0
     for _ in range(10):
         ids, weights, places = documents.draw()

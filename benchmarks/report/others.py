@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from benchmarks import code_error as errors
 from benchmarks import lmeval_tables
-from benchmarks.code_error import ErrorRow
 from benchmarks.lmeval_rows import Row as TaskRow
 from benchmarks.prefill_memory import PrefillRow
 from benchmarks.report.parts import Part, Table
@@ -49,13 +49,12 @@ def prefill_memory(source: Source) -> Part:
 
 
 def code_error(source: Source) -> Part:
-    rows = source.rows(ErrorRow)
-    lines = [[str(row.bits), *(f"{error:.4f}" for error in (row.trellis, row.lloyd, row.bound))] for row in rows]
+    rows = source.rows(errors.ErrorRow)
     shares = [row.trellis / row.lloyd for row in rows]
     headline = (
         f"The trellis code's squared error is {min(shares):.0%} to {max(shares):.0%} of Lloyd-Max's at equal bits."
     )
-    table = Table("Mean squared error", markdown(["bits", "trellis", "Lloyd-Max", "bound"], 4, lines))
+    table = Table("Mean squared error", errors.table(rows))
     return Part(headline, (), (), (table,))
 
 
