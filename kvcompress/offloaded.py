@@ -152,13 +152,8 @@ class OffloadedPool(PagePool):
         yield fetch.result()
 
     def collect(self, table: Tensor) -> None:
-        used = torch.zeros(len(self._slab_of), dtype=torch.bool)
-        used[table[table >= 0].long()] = True
-        alive = torch.zeros(len(self.places), dtype=torch.bool)
-        alive[self._slab_of[used]] = True
-        self.places = [slab if keep else None for slab, keep in zip(self.places, alive.tolist(), strict=True)]
-        writable = self._slab_of >= self.sealed
-        self._free = (~used & writable & alive[self._slab_of]).nonzero().flatten().tolist()
+        used, alive = self._sweep(table, len(self.places))
+        self.places = [slab if keep else None for slab, keep in zip(self.places, alive, strict=True)]
         if self._first is not None and not bool(used[self._first].all()):
             self._first = self._ahead = None
 

@@ -105,14 +105,19 @@ class PagePool:
 
     def collect(self, table: Tensor) -> None:
         """Let go of slabs of which `table` names no page, and make the other pages that it does not name free."""
+        _, alive = self._sweep(table, len(self.slabs))
+        kept = zip(self.slabs, alive, strict=True)
+        self.slabs = [slab if keep else slab.new_empty(0, slab.shape[1]) for slab, keep in kept]
+
+    def _sweep(self, table: Tensor, slabs: int) -> tuple[Tensor, list[bool]]:
+        """Pages that `table` names, bool [pages], and slabs that hold one of them; other pages of these become free."""
         used = torch.zeros(len(self._slab_of), dtype=torch.bool)
         used[table[table >= 0].long()] = True
-        alive = torch.zeros(len(self.slabs), dtype=torch.bool)
+        alive = torch.zeros(slabs, dtype=torch.bool)
         alive[self._slab_of[used]] = True
-        kept = zip(self.slabs, alive.tolist(), strict=True)
-        self.slabs = [slab if keep else slab.new_empty(0, slab.shape[1]) for slab, keep in kept]
         writable = self._slab_of >= self.sealed
         self._free = (~used & writable & alive[self._slab_of]).nonzero().flatten().tolist()
+        return used, alive.tolist()
 
     @property
     def free(self) -> int:
