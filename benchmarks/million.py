@@ -88,7 +88,7 @@ def document(settings: Settings, tokenizer: PreTrainedTokenizerBase, data: Path)
         code = texts.encode(tokenizer, "\n".join(standard_library(held_out=True)))
         text = replace(text, ids=torch.cat([text.ids, code]), name=f"{book.name}, then held-out library modules")
     rng = random.Random(settings.seed)
-    facts = draw_facts(rng, settings.facts)
+    facts = draw_facts(rng, settings.facts, distinct=True)
     filler = text.windows(1, settings.tokens, first=0.0)[0]
     gap = min(GAP, settings.tokens // 8)
     found = needles.build(tokenizer, filler, facts, facts, gap)

@@ -60,8 +60,16 @@ def draw_value(rng: random.Random) -> str:
     return f"{rng.choice(QUALITIES)} {rng.choice(THINGS)}"
 
 
-def draw_facts(rng: random.Random, count: int) -> list[Fact]:
-    """`count` facts with names of their own; raises ValueError above the number of names known."""
+def draw_facts(rng: random.Random, count: int, distinct: bool = False) -> list[Fact]:
+    """`count` facts with names of their own. distinct: no two values begin with the same word, so that the two tokens
+    before a value's second word tell it from all others.
+
+    Raises ValueError above the number of names known.
+    """
     if not 0 <= count <= len(NAMES):
         raise ValueError(f"count must lie in 0..{len(NAMES)} (names are not repeated), got {count}")
-    return [Fact(name, draw_value(rng)) for name in rng.sample(NAMES, count)]
+    names = rng.sample(NAMES, count)
+    if not distinct:
+        return [Fact(name, draw_value(rng)) for name in names]
+    qualities = rng.sample(QUALITIES, count)
+    return [Fact(name, f"{quality} {rng.choice(THINGS)}") for name, quality in zip(names, qualities, strict=True)]

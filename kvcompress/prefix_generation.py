@@ -18,7 +18,8 @@ from kvcompress.prefixes import PrefixStore
 
 MODES = (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)
 _ATTRIBUTE = "_kvcompress_prefix"  # of the copy of a generation config that one call of generate works with
-#: What the first call of the model is given; with anything else tokens are not all that decides what a cache holds.
+#: What the first call of the model is given (`tokenizer` is for stop strings); with anything else tokens are not all
+#: that decides what a cache holds.
 INPUTS = frozenset(
     {
         "attention_mask",

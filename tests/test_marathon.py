@@ -63,7 +63,7 @@ def test_documents_ask_for_facts_that_stand_before() -> None:
     assert asked > 0
 
 
-def test_only_what_stands_above_the_look_up_is_trained(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_what_stands_above_the_look_up_is_trained() -> None:
     model, tokenizer = load()
     model.set_attn_implementation(TRAINING)
     rng = np.random.default_rng(0)
@@ -77,10 +77,16 @@ def test_only_what_stands_above_the_look_up_is_trained(monkeypatch: pytest.Monke
     assert f"model.layers.{GLOBAL + 1}.self_attn.q_proj.weight" in moved
     assert not {name for name in moved if name.startswith(("model.embed", "model.layers.0", "model.layers.2"))}
     assert f"model.layers.{GLOBAL}.self_attn.k_proj.weight" not in moved
-    monkeypatch.setattr(match, "STEPS", 1)
+
+
+def test_matching_trains_the_look_up_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, _ = load()
+    model.set_attn_implementation(TRAINING)
+    ids = torch.from_numpy(np.random.default_rng(0).integers(1, VOCABULARY, 2000)).unsqueeze(0)
     monkeypatch.setattr(match, "ROUNDS", 2)
     before = {name: x.clone() for name, x in model.state_dict().items()}
-    ((number, loss),) = match.match(model, lambda: stream[:2000])
+    asked = torch.tensor([500, 700])
+    ((number, loss),) = match.match(model, lambda: (ids, asked), match.Matching(documents=1))
     assert number == 0
     assert loss > 0
     moved = {name for name, x in model.state_dict().items() if not torch.equal(x, before[name])}

@@ -2,12 +2,15 @@
 
 Trained for next tokens alone it takes " Nesv" for " Petersb", whose tokens mean alike; in a long text such near matches
 outnumber the true ones. Here the two projections are trained for the match itself, which text alone tells: the keys
-before which the same two tokens stand, or, where there are none, the first key of all.
+before which the same two tokens stand, or, where there are none, the first key of all. Where documents ask for facts,
+half of the queries are those that must find an answer: pairs that text hardly has (" is wooden") else lose to the first
+key.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -16,10 +19,19 @@ from transformers import SmolLM3ForCausalLM
 
 from benchmarks.marathon.model import GLOBAL
 
-SOFTER = 0.2  # what queries are multiplied by at first: planted and trained, their logits lie tens apart
-RATE = 1e-3
 CROWD = 32.0  # every key that does not match counts as so many: those of a document so much longer
-STEPS, ROUNDS, QUERIES = 40, 8, 1024  # documents, steps on each, queries of a step
+ROUNDS, QUERIES = 8, 1024  # steps on each document, queries of a step
+
+
+@dataclass(frozen=True)
+class Matching:
+    """documents: how many. softer: what queries are multiplied by at first: planted and trained, their logits lie tens
+    apart. rate: of learning.
+    """
+
+    documents: int = 40
+    softer: float = 0.2
+    rate: float = 1e-3
 
 
 def hidden_states(model: SmolLM3ForCausalLM, ids: Tensor) -> Tensor:
@@ -48,27 +60,35 @@ def matching_loss(query: Tensor, key: Tensor, pairs: Tensor, positions: Tensor, 
     return (crowded.masked_fill(~seen, -torch.inf).logsumexp(dim=1) - right).mean()
 
 
-def match(model: SmolLM3ForCausalLM, draw: Callable[[], np.ndarray]) -> Iterator[tuple[int, float]]:
-    """Train the look-up's queries and keys in place, on documents ids [N]; yields (document, mean loss) as it goes."""
+def match(
+    model: SmolLM3ForCausalLM, draw: Callable[[], tuple[Tensor, Tensor]], settings: Matching
+) -> Iterator[tuple[int, float]]:
+    """Train the look-up's queries and keys in place; yields (document, mean loss) as it goes.
+
+    draw: a document's ids [1, N], and the positions int64 [M] that predict answers, M may be 0.
+    """
     layer = model.model.layers[GLOBAL]
     attention = layer.self_attn
     with torch.no_grad():
-        attention.q_proj.weight.mul_(SOFTER)
+        attention.q_proj.weight.mul_(settings.softer)
     trained = [attention.q_proj.weight, attention.k_proj.weight]
-    optimiser = torch.optim.AdamW(trained, lr=RATE, betas=(0.9, 0.99), weight_decay=0.0)
-    total = STEPS * ROUNDS
+    optimiser = torch.optim.AdamW(trained, lr=settings.rate, betas=(0.9, 0.99), weight_decay=0.0)
+    total = settings.documents * ROUNDS
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimiser, lambda step: min((step + 1) / 10, 1.0, 1.4 - 1.4 * step / total)
     )
     generator = torch.Generator().manual_seed(0)
-    for number in range(STEPS):
-        ids = torch.from_numpy(draw()).to(model.device)
+    for number in range(settings.documents):
+        document, asked = draw()
         with torch.no_grad():
-            rows = layer.input_layernorm(hidden_states(model, ids.unsqueeze(0)))[0]
+            rows = layer.input_layernorm(hidden_states(model, document.to(model.device)))[0]
+        ids = document[0].to(model.device)
         pairs = ids * model.config.vocab_size + torch.cat([ids.new_zeros(1), ids[:-1]])
         losses = []
         for _ in range(ROUNDS):
-            positions = torch.randint(2, len(ids), (QUERIES,), generator=generator).to(ids.device)
+            chosen = asked[torch.randperm(len(asked), generator=generator)[: QUERIES // 2]]
+            others = torch.randint(2, len(ids), (QUERIES - len(chosen),), generator=generator)
+            positions = torch.cat([chosen, others]).to(ids.device)
             query, key = attention.q_proj(rows[positions]), attention.k_proj(rows)
             loss = matching_loss(query, key, pairs, positions, attention.scaling)
             loss.backward()

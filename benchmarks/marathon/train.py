@@ -3,9 +3,9 @@
 It begins with the embedded model's weights (`model.begin_from`) and its tokenizer and text, at half the learning rate.
 After 450 steps a look-up is planted (`plant`), since a single head does not soon learn to look back by itself. Then the
 look-up is made exact (`match`), and what stands above it learns to read it in documents of up to 262,144 tokens
-(`lengthen`), the second time with answers weighing more. The shipped weights come from a run to which phases were added
-when those before were done, their learning rate having fallen to zero, and whose last stage began at the exported
-weights of the one before.
+(`lengthen`), the second time with answers weighing more; at last the look-up is matched once more, on facts too. The
+shipped weights come from a run to which phases were added when those before were done, their learning rate having
+fallen to zero, and whose last stage began at the exported weights of the one before.
 """
 
 from __future__ import annotations
@@ -19,12 +19,13 @@ import numpy as np
 import torch
 import typer
 from safetensors.torch import load_model, save_model
+from torch import Tensor
 
 from benchmarks.embedded.corpus import Mixture, Shares
 from benchmarks.embedded.loop import Phase, optimise
 from benchmarks.embedded.train import SEED, export, prepare
 from benchmarks.marathon.lengthen import Documents, Lengthening, lengthen
-from benchmarks.marathon.match import match
+from benchmarks.marathon.match import Matching, match
 from benchmarks.marathon.model import GLOBAL, TRAINING, begin_from
 from benchmarks.marathon.plant import plant_lookup
 from kvcompress import models
@@ -45,6 +46,8 @@ PHASES = (
 )
 LONG = 32_768  # tokens of the documents that the look-up is made exact on
 LENGTHENINGS = (Lengthening(), Lengthening(documents=14, recall=0.7, answer_weight=8.0))
+MATCHINGS = (Matching(), Matching(documents=24, softer=1.0, rate=3e-4))
+ASKING = Lengthening(shortest=LONG, longest=LONG, blocks=3, recall=1.0, answer_weight=2.0)  # documents of the second
 SAMPLE = 8000  # tokens of text that the look-up is fitted on
 
 
@@ -68,13 +71,19 @@ def train(
 
     optimise(model, PHASES, draw, work / "state.pt", PEAK, plant)
     rng = random.Random(SEED)
+    asking = Documents(fast.backend_tokenizer, prose, code, ASKING, SEED)
 
-    def long() -> np.ndarray:
+    def plain() -> tuple[Tensor, Tensor]:
         start = rng.randrange(len(prose) - LONG)
-        return np.concatenate([[0], prose[start : start + LONG].astype(np.int64)])
+        ids = np.concatenate([[0], prose[start : start + LONG].astype(np.int64)])
+        return torch.from_numpy(ids).unsqueeze(0), torch.zeros(0, dtype=torch.int64)
 
-    def matched() -> None:
-        for number, loss in match(model, long):
+    def with_facts() -> tuple[Tensor, Tensor]:
+        ids, weights, _ = asking.draw()
+        return ids, (weights > 1).nonzero().squeeze(1) - 1
+
+    def matched(stage: int) -> None:
+        for number, loss in match(model, (plain, with_facts)[stage], MATCHINGS[stage]):
             print(f"matching, document {number + 1} loss {loss:.4f}", flush=True)
 
     def lengthened(stage: int) -> None:
@@ -82,7 +91,9 @@ def train(
         for number, tokens, loss in lengthen(model, documents):
             print(f"document {number + 1}/{documents.settings.documents} tokens {tokens} loss {loss:.4f}", flush=True)
 
-    stages = {"matched": matched} | {f"lengthened-{i}": partial(lengthened, i) for i in range(len(LENGTHENINGS))}
+    stages = {"matched": partial(matched, 0)}
+    stages |= {f"lengthened-{i}": partial(lengthened, i) for i in range(len(LENGTHENINGS))}
+    stages |= {"matched-1": partial(matched, 1)}
     for name, stage in stages.items():
         done = work / f"{name}.safetensors"
         if done.exists():

@@ -112,8 +112,6 @@ class Counted:
         watch = StoppingCriteriaList([Watch(self._call, self._prompt, self._metrics)])
         generate: Any = self._model.generate
         streams = "streamer" in arguments
-        if not arguments["generation_config"].stop_strings:
-            arguments.pop("tokenizer", None)  # else the prefix store takes it for a part of the prompt
         try:
             with self._running():
                 return generate(**arguments, stopping_criteria=watch)
