@@ -29,7 +29,7 @@ from benchmarks import quick as quick_job
 from benchmarks import static as static_job
 from benchmarks.caches import SPECS
 from benchmarks.frontier_subjects import SUBJECTS
-from benchmarks.options import telling_errors, whole_numbers
+from benchmarks.options import LoadIn4Bit, Model, Resume, telling_errors, whole_numbers
 from benchmarks.quick import Settings
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
@@ -44,8 +44,8 @@ def root() -> None:
 def quick(
     specs: Annotated[str, typer.Option(help="specs of ours to measure, with spaces between")] = " ".join(SPECS),
     baselines: Annotated[bool, typer.Option(help="measure transformers' QuantizedCache too")] = True,
-    model: Annotated[str | None, typer.Option(help="model folder or hub id  [default: the embedded model]")] = None,
-    load_in_4bit: Annotated[bool, typer.Option("--load-in-4bit", help="weights in bitsandbytes' NF4")] = False,
+    model: Model = None,
+    load_in_4bit: LoadIn4Bit = False,
     text: Annotated[
         Path | None, typer.Option(help="text file  [default: library modules that training never saw]")
     ] = None,
@@ -94,14 +94,14 @@ def quality(
     model: Annotated[
         str | None, typer.Option(help="model folder or hub id in place of the embedded model  [default: that]")
     ] = None,
-    load_in_4bit: Annotated[bool, typer.Option("--load-in-4bit", help="weights in bitsandbytes' NF4")] = False,
+    load_in_4bit: LoadIn4Bit = False,
     text: Annotated[
         Path | None, typer.Option(help="text file  [default: War and Peace where it is, else held-out library modules]")
     ] = None,
     seeds: Annotated[int, typer.Option(help="seeds: other places of the text, facts, hard variants, tensors")] = 3,
     chunk: Annotated[int, typer.Option(help="tokens fed at a time; an eighth of the context at most")] = 512,
     greedy: Annotated[int, typer.Option(help="tokens of greedy decoding that are compared; 0: none")] = 64,
-    resume: Annotated[bool, typer.Option("--resume/--fresh", help="go on with the rows that the folder holds")] = True,
+    resume: Resume = True,
     output: Annotated[Path, typer.Option(help="folder for results.jsonl, frontier.png, pareto.md, reading.md")] = Path(
         "benchmarks/results/quality"
     ),

@@ -19,6 +19,7 @@ from benchmarks.caches import Contender, field
 from benchmarks.cases import filled
 from benchmarks.frontier_subjects import DATA, SUBJECTS, Subject, default_text, gather
 from benchmarks.log import Log, open_log
+from benchmarks.options import at_least
 from benchmarks.progress import bar
 from benchmarks.rows import Row, empty_row
 
@@ -44,9 +45,7 @@ class Settings:
             raise ValueError(f"unknown subject {(unknown or [''])[0]!r}; known: {', '.join(SUBJECTS)}")
         if not self.contexts or min(self.contexts) < texts.SHORTEST:
             raise ValueError(f"contexts must be at least {texts.SHORTEST} tokens each, got {self.contexts}")
-        for name, least in (("seeds", 1), ("chunk", 1), ("greedy", 0)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
+        at_least(self, seeds=1, chunk=1, greedy=0)
 
     def of_rows(self, data: Path) -> dict[str, Any]:
         """What a row depends on beside its subject, context, seed and cache; text None: the held-out modules."""

@@ -22,9 +22,11 @@ from transformers import PreTrainedModel
 from benchmarks import latency_plot, latency_tables, subjects
 from benchmarks.caches import UNCOMPRESSED, Contender, contenders
 from benchmarks.device import release, with_peak
-from benchmarks.latency_rows import Row, broken, empty_row, watched
+from benchmarks.latency_rows import Row, empty_row, watched
 from benchmarks.log import Log, open_log
+from benchmarks.options import at_least
 from benchmarks.progress import bar
+from benchmarks.results import failed
 from benchmarks.storage import cache_bytes
 from benchmarks.timing import Quartiles, reading
 from kvcompress import CompressedCache
@@ -53,9 +55,7 @@ class Settings:
             given = getattr(self, name)
             if not given or min(given) < 1:
                 raise ValueError(f"{name} must be one or more numbers of at least 1, got {given}")
-        for name, least in (("repetitions", 1), ("chunk", 1), ("steps", 1), ("seed", 0)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
+        at_least(self, repetitions=1, chunk=1, steps=1, seed=0)
 
     def of_rows(self) -> dict[str, object]:
         """What a row depends on beside its context, batch and cache."""
@@ -112,7 +112,7 @@ class Case:
                             (_, size, stats), peak = with_peak(partial(self.turn, contender), self.model.device)
                             rows[name] = watched(rows[name], contender, self.model, size, stats, peak)
                     except Exception as error:  # a cache that breaks is a result to show
-                        rows[name] = broken(rows[name], error)
+                        rows[name] = failed(rows[name], error)
                     release(self.model.device)
                 advance()
         return with_times(list(rows.values()), times)
@@ -191,9 +191,7 @@ def run(settings: Settings, output: Path, console: Console, fresh: bool = False)
     with bar(console, 48) as progress:
         Run(model, settings, log, progress).all()
     log.rewrite()
-    device = torch.cuda.get_device_name(model.device) if model.device.type == "cuda" else "CPU"
-    dtype = str(model.dtype).removeprefix("torch.")
-    title = f"{settings.model or 'embedded model'}, {dtype}, on {device}; prompts in chunks of {settings.chunk} tokens"
+    title = f"{subjects.described(settings.model, model)}; prompts in chunks of {settings.chunk} tokens"
     written = [log.path, *save(output, log.rows, title)]
     console.print(*latency_tables.short(log.rows))
     for remark in latency_tables.remarks(log.rows):

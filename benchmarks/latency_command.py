@@ -10,12 +10,12 @@ from rich.console import Console
 
 from benchmarks import latency
 from benchmarks.latency import Settings
-from benchmarks.options import telling_errors, whole_numbers
+from benchmarks.options import LoadIn4Bit, Model, Resume, telling_errors, whole_numbers
 
 
 def command(
-    model: Annotated[str | None, typer.Option(help="model folder or hub id  [default: the embedded model]")] = None,
-    load_in_4bit: Annotated[bool, typer.Option("--load-in-4bit", help="weights in bitsandbytes' NF4")] = False,
+    model: Model = None,
+    load_in_4bit: LoadIn4Bit = False,
     contexts: Annotated[str, typer.Option(help="tokens of context, with spaces between")] = " ".join(
         map(str, Settings.contexts)
     ),
@@ -28,7 +28,7 @@ def command(
     chunk: Annotated[int, typer.Option(help="tokens of the prompt fed at a time")] = Settings.chunk,
     steps: Annotated[int, typer.Option(help="decode steps after each prompt")] = Settings.steps,
     seed: Annotated[int, typer.Option(help="what the prompt is drawn by")] = Settings.seed,
-    resume: Annotated[bool, typer.Option("--resume/--fresh", help="go on with the rows that the folder holds")] = True,
+    resume: Resume = True,
     output: Annotated[Path, typer.Option(help="folder for results.jsonl, table.md and decode.png")] = Path(
         "benchmarks/results/latency"
     ),

@@ -8,8 +8,6 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from benchmarks.caches import Contender
-from benchmarks.device import out_of_memory
-from benchmarks.results import first_line
 from benchmarks.timing import Quartiles
 from kvcompress.backends import choose
 
@@ -65,14 +63,10 @@ class Row:
         """The row with its times, quartiles in seconds; base: the uncompressed cache's, None where it has none."""
         return replace(
             self,
-            time_to_first_token_seconds=first.median,
-            time_to_first_token_seconds_q1=first.lower,
-            time_to_first_token_seconds_q3=first.upper,
+            **first.fields("time_to_first_token_seconds"),
+            **step.fields("milliseconds_per_token", 1000),
             first_token_ratio=base and first.median / base[0].median,
             prefill_tokens_per_second=self.batch * self.context / first.median,
-            milliseconds_per_token=1000 * step.median,
-            milliseconds_per_token_q1=1000 * step.lower,
-            milliseconds_per_token_q3=1000 * step.upper,
             step_ratio=base and step.median / base[1].median,
             decode_tokens_per_second=self.batch / step.median,
         )
@@ -90,9 +84,3 @@ def watched(
     backend = None if stats is None else choose(model.device)[0].name
     attention = contender.attention or model.config._attn_implementation
     return replace(row, attention=attention, backend=backend, stats=stats, cache_bytes=size, peak_memory_bytes=peak)
-
-
-def broken(row: Row, error: Exception) -> Row:
-    """The row of a cache that broke, with the first line of its reason."""
-    status = "out of memory" if out_of_memory(error) else "failed"
-    return replace(row, status=status, reason=f"{type(error).__name__}: {first_line(error)}")

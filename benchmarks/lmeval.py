@@ -22,6 +22,7 @@ from benchmarks import lmeval_tables, subjects
 from benchmarks.caches import UNCOMPRESSED, Contender, compressed
 from benchmarks.lmeval_rows import Row, empty_row
 from benchmarks.log import Log, open_log
+from benchmarks.options import at_least
 from benchmarks.progress import bar
 from benchmarks.results import failed, installed
 from kvcompress import DEFAULT_SPEC
@@ -49,10 +50,7 @@ class Settings:
     def __post_init__(self) -> None:
         if not self.tasks:
             raise ValueError("no task is named; `lm-eval ls tasks` lists them")
-        for name, least in (("shots", 0), ("limit", 1), ("batch", 1), ("chunk", 1), ("seed", 0)):
-            value = getattr(self, name)
-            if value is not None and value < least:
-                raise ValueError(f"{name} must be at least {least}, got {value}")
+        at_least(self, shots=0, limit=1, batch=1, chunk=1, seed=0)
 
     @property
     def of_rows(self) -> dict[str, Any]:

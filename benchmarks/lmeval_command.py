@@ -10,14 +10,14 @@ from rich.console import Console
 
 from benchmarks import lmeval
 from benchmarks.lmeval import Settings
-from benchmarks.options import telling_errors
+from benchmarks.options import Model, Resume, telling_errors
 from kvcompress import DEFAULT_SPEC
 
 
 def command(
     tasks: Annotated[str, typer.Option(help="lm-eval's tasks or groups, with spaces between")],
     specs: Annotated[str, typer.Option(help="specs to measure, with spaces between")] = DEFAULT_SPEC,
-    model: Annotated[str | None, typer.Option(help="model folder or hub id  [default: the embedded model]")] = None,
+    model: Model = None,
     load_in_4bit: Annotated[
         bool, typer.Option("--load-in-4bit", help="the model's weights in 4 bits, by bitsandbytes")
     ] = False,
@@ -30,7 +30,7 @@ def command(
         int, typer.Option(help="tokens fed at a time; fewer make more of a text attend to codes, and take longer")
     ] = Settings.chunk,
     seed: Annotated[int, typer.Option(help="what lm-eval draws examples by")] = Settings.seed,
-    resume: Annotated[bool, typer.Option("--resume/--fresh", help="go on with the rows that the folder holds")] = True,
+    resume: Resume = True,
     output: Annotated[Path, typer.Option(help="folder for results.jsonl and table.md")] = Path(
         "benchmarks/results/lmeval"
     ),

@@ -15,7 +15,7 @@ Line = Mapping[str, Any]
 #: What names a measurement, in the order in which it is told.
 IDENTITY = (
     "job", "section", "name", "subject", "geometry", "task", "kernel", "codec", "arch", "head_dim", "variant",
-    "context", "tokens", "bits", "batch", "rows", "depth", "restart", "chunk", "basis",
+    "context", "tokens", "bits", "batch", "rows", "depth", "restart", "chunk", "basis", "budget", "ranks",
 )  # fmt: skip
 
 #: Settings that say how much was measured or for how long, and not what a number means.

@@ -10,7 +10,7 @@ from rich.console import Console
 
 from benchmarks import memory
 from benchmarks.memory import Settings
-from benchmarks.options import telling_errors
+from benchmarks.options import Resume, telling_errors
 from kvcompress.planning import parse_count, parse_size
 
 
@@ -32,7 +32,7 @@ def command(
     reserve: Annotated[str, typer.Option(help="of that, what is set aside for activations")] = "2GiB",
     weight_bits: Annotated[float, typer.Option(help="bits of a parameter on that device")] = Settings.weight_bits,
     seed: Annotated[int, typer.Option(help="what is drawn: the tokens")] = Settings.seed,
-    resume: Annotated[bool, typer.Option("--resume/--fresh", help="go on with the rows that the folder holds")] = True,
+    resume: Resume = True,
     output: Annotated[Path, typer.Option(help="folder for results.jsonl, table.md, fits.json, memory.png")] = Path(
         "benchmarks/results/memory"
     ),

@@ -57,7 +57,8 @@ SHARE = Metric(True, 0.0, 0.05)
 
 #: Metrics by the pattern that their whole name has; the first that fits counts.
 METRICS: tuple[tuple[str, Metric], ...] = (
-    (r"bytes|cache_bytes|cache", FEWER),
+    (r"bytes|cache_bytes|cache|(memory|disk|device|host|page|held)_bytes|cache_at_end", FEWER),
+    (r"(prefill|step)_payload|step_collectives", FEWER),
     (r"peak|peak(_memory)?_bytes", Metric(False, 0.1)),  # the allocator's part in it varies
     (r"(effective_)?bits_per_element", BITS),
     (r"compression", Metric(True, ROUNDING)),
@@ -66,14 +67,20 @@ METRICS: tuple[tuple[str, Metric], ...] = (
     (r"kl_p99", Metric(False, 0.1, 1e-6)),
     (r"output_error", Metric(False, 0.05)),
     (r"capacity(_ratio)?", Metric(True, ROUNDING)),
-    (r"(greedy|repeated|top)_share", SHARE),
+    (r"(greedy|repeated|top)_share|same_first_token", SHARE),
+    (r"tokens_reused", Metric(True)),
+    (r"difference", Metric(False, 1.0, 1e-6)),  # of sums in another order, down to the rounding of float32
+    (r"lost", FEWER),
+    (r"rss_mean", Metric(False, 0.1)),
+    (r"(rss|cache)_slope", Metric(False, 0.0, 2.0**20)),  # bytes a minute; allocators move by that much
     (r"logprob_magnitude", Metric(False, 0.05)),
     (r"trellis|lloyd", Metric(False, 0.01)),  # their errors on Gaussians
     (r"top1_agreement", Metric(True, 0.0, 0.005)),
     (r"(\w+_)?recall(_by_\w+)?", SHARE),
     (r"greedy_tokens", Metric(True, 0.1, 2.0)),  # one flipped choice ends a path
     (
-        r"step_milliseconds|milliseconds_per_token|time_to_first_token_seconds|(device|kernel|host|step|keys|values)_us",
+        r"step_milliseconds|step_seconds|milliseconds_per_token|time_to_first_token_seconds"
+        r"|seconds_(without|memory|disk)|(device|kernel|host|step|keys|values)_us",
         TIME,
     ),
     (r"(\w+_)?tokens_per_second|bytes_per_second|tflops", SPEED),
@@ -89,7 +96,7 @@ NEUTRAL = re.compile(
     r"scored\w*|(\w+_)?questions|seconds|first_seconds|repetitions|uncompressed(_bytes)?|bfloat16_bytes|increase_by_\w+"
     r"|error|allowed|largest|distortion\w*|coded_tokens|sets|pages|programs|identical|\w+_q[13]|\w+_spread_us|mean_us"
     r"|bound|cached|logprob_mean|slowest_us|busy_us|kernels\w*|share_of_prefill|num_warps|num_stages|elements|shared_limit|loop_instructions"
-    r"|unrolled|cores|threads|layer_tokens_per_second|parameters|minutes|coded|cut|groups|heads|queries|softcap"
+    r"|unrolled|cores|threads|samples|prefix_hits|cache_peak|\w+_(low|high)|layer_tokens_per_second|parameters|minutes|coded|cut|groups|heads|queries|softcap"
 )
 
 
@@ -131,6 +138,12 @@ def spread(row: Mapping[str, Any], name: str) -> float:
 
     Two medians further apart than the sum of theirs have ranges that, even to both sides, do not meet.
     """
-    ends = row.get(f"{name.removesuffix('_us')}_spread_us") or [row.get(f"{name}_q1"), row.get(f"{name}_q3")]
+    slope = name.removesuffix("_slope")
+    pairs = (
+        row.get(f"{name.removesuffix('_us')}_spread_us"),
+        [row.get(f"{name}_q1"), row.get(f"{name}_q3")],
+        [row.get(f"{slope}_low"), row.get(f"{slope}_high")],
+    )
+    ends: list[Any] = next((pair for pair in pairs if pair and None not in pair), [])
     numbers = [float(end) for end in ends if is_number(end)]
     return (numbers[1] - numbers[0]) / 2 if len(numbers) == 2 else 0.0

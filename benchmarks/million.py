@@ -33,6 +33,7 @@ from benchmarks.marathon import model as marathon
 from benchmarks.million_reading import Checkpoint, Reading, read
 from benchmarks.million_rows import MillionRow
 from benchmarks.needles import Document
+from benchmarks.options import at_least
 from benchmarks.progress import bar
 from benchmarks.recall import draw_facts
 from benchmarks.results import failed
@@ -64,9 +65,7 @@ class Settings:
     text: Path | None = None
 
     def __post_init__(self) -> None:
-        for name, least in (("tokens", 2 * FIRST), ("chunk", 1), ("facts", 0)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
+        at_least(self, tokens=2 * FIRST, chunk=1, facts=0)
         if self.tokens > RESTART and self.tokens % RESTART:
             raise ValueError(f"tokens must be a multiple of {RESTART:,} where they are more, got {self.tokens:,}")
 

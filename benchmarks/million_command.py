@@ -10,7 +10,7 @@ from rich.console import Console
 
 from benchmarks import million
 from benchmarks.million import Settings
-from benchmarks.options import telling_errors
+from benchmarks.options import LoadIn4Bit, Resume, telling_errors
 
 
 def command(
@@ -20,11 +20,11 @@ def command(
     facts: Annotated[int, typer.Option(help="facts in the document, each asked for at its end")] = Settings.facts,
     seed: Annotated[int, typer.Option(help="what the facts are drawn by")] = Settings.seed,
     model: Annotated[str | None, typer.Option(help="model folder or hub id  [default: the marathon model]")] = None,
-    load_in_4bit: Annotated[bool, typer.Option("--load-in-4bit", help="weights in bitsandbytes' NF4")] = False,
+    load_in_4bit: LoadIn4Bit = False,
     text: Annotated[
         Path | None, typer.Option(help="text file  [default: War and Peace where it is, and held-out library modules]")
     ] = None,
-    resume: Annotated[bool, typer.Option("--resume/--fresh", help="go on with the rows that the folder holds")] = True,
+    resume: Resume = True,
     output: Annotated[Path, typer.Option(help="folder for results.jsonl, table.md and million.png")] = Path(
         "benchmarks/results/million"
     ),

@@ -48,3 +48,15 @@ class MillionRow:
     @property
     def name(self) -> str:
         return self.cache if self.restart is None else f"{self.cache}, {self.restart:,} tokens at a time"
+
+    @property
+    def smaller(self) -> float | None:
+        """How many times the cache goes into bfloat16's bytes."""
+        return self.bfloat16_bytes / self.cache_bytes if self.bfloat16_bytes and self.cache_bytes else None
+
+    @property
+    def worst(self) -> tuple[str, float, float] | None:
+        """The bucket with the largest increase of perplexity: its name, per cent, standard error."""
+        found = self.increase_by_bucket or {}
+        name = max(found, key=lambda each: found[each][0], default=None)
+        return None if name is None else (name, *found[name])

@@ -7,44 +7,85 @@ from collections.abc import Sequence
 from benchmarks.million_rows import MillionRow
 from benchmarks.tables import markdown
 
+NOTES = """*bits/elem*: of what is coded, with all overheads. *cache*: all that the cache holds at the end, the sliding
+layers' exact windows included, measured; *bf16 / cache*: how many times that goes into what the same tokens would take
+in bfloat16. *largest rise*: of perplexity over the uncompressed cache's in the bucket of positions where it is largest,
+on the same tokens, with its standard error. *recall*: facts whose answer, asked for at the end, is right word for word.
+*peak*: how far the process (on a GPU: its memory) grew beside the model. *N tokens at a time*: the uncompressed cache
+was emptied after every N tokens, so that no token saw more than N before it: what it loses is what the longer context
+is worth to this model. It is no compressed cache; its size and recall mean nothing and are left out."""
+
+
+DEPTHS = "Facts recalled at the end of the document, by the part of it where they stand"
+
 
 def document(rows: Sequence[MillionRow]) -> str:
-    """For every length: sizes and recall, then perplexity by position."""
+    """For every length: sizes and recall, perplexity by position, recall by depth."""
     parts = []
     for tokens in sorted({row.tokens for row in rows}, reverse=True):
         own = [row for row in rows if row.tokens == tokens]
         parts += [
             f"## {tokens:,} tokens\n\n",
             sizes(own),
-            "\nPerplexity by position, and by how many per cent it lies ",
+            f"\n{NOTES}\n\nPerplexity by position, and by how many per cent it lies ",
             "above the uncompressed cache's on the same tokens (± standard error):\n\n",
             positions(own),
             "\n",
         ]
+        if any(row.recall_by_depth for row in own):
+            parts += [f"{DEPTHS}:\n\n", depths(own), "\n"]
     return "".join(parts)
 
 
 def sizes(rows: Sequence[MillionRow]) -> str:
-    headings = ["cache", "bits/elem", "cache MB", "bf16 / cache", "perplexity", "recall", "peak MB", "minutes"]
+    headings = [
+        "cache", "bits/elem", "cache MB", "bf16 / cache", "perplexity", "largest rise", "recall", "peak MB", "minutes"
+    ]  # fmt: skip
     return markdown(headings, len(headings) - 1, [_size(row) for row in rows])
 
 
 def _size(row: MillionRow) -> list[str]:
     if row.status != "ok":
-        return [f"{row.name} ({row.status}: {row.reason})", *["-"] * 7]
-    assert row.cache_bytes is not None
-    assert row.bfloat16_bytes is not None
+        return [f"{row.name} ({row.status}: {row.reason})", *["-"] * 8]
     whole = row.restart is None
     return [
         row.name,
-        f"{row.bits_per_element:.2f}" if row.bits_per_element is not None else "-",
-        f"{row.cache_bytes / 1e6:,.1f}" if whole else "-",
-        f"{row.bfloat16_bytes / row.cache_bytes:.2f}" if whole else "-",
+        *size(row),
         f"{row.perplexity:.3f}",
-        f"{row.recall:.1%}" if row.recall is not None and whole else "-",
-        f"{(row.peak_bytes or 0) / 1e6:,.0f}",
+        rise(row),
+        recalled(row),
+        f"{(row.peak_bytes or 0) / 1e6:,.0f}" if whole else "-",
         f"{(row.seconds or 0) / 60:.1f}",
     ]
+
+
+def size(row: MillionRow) -> list[str]:
+    """Bits an element, MB, and how many times smaller than bfloat16; dashes where a cache was emptied on the way."""
+    if row.restart is not None or row.cache_bytes is None or row.smaller is None:
+        return ["-"] * 3
+    bits = f"{row.bits_per_element:.2f}" if row.bits_per_element is not None else "-"
+    return [bits, f"{row.cache_bytes / 1e6:,.1f}", f"{row.smaller:.2f}"]
+
+
+def rise(row: MillionRow) -> str:
+    """The largest increase of perplexity in a bucket."""
+    if row.worst is None:
+        return "-"
+    _, mean, error = row.worst
+    return f"{mean:+.2f}% ± {error:.2f}"
+
+
+def recalled(row: MillionRow) -> str:
+    return f"{row.recall:.1%}" if row.recall is not None and row.restart is None else "-"
+
+
+def depths(rows: Sequence[MillionRow]) -> str:
+    """Recall by the part of the document where the facts stand, from its begin to its end."""
+    known = [row for row in rows if row.recall_by_depth and row.restart is None]
+    parts = len(known[0].recall_by_depth or []) if known else 0
+    headings = ["cache", *(f"{100 * part / parts:.0f} to {100 * (part + 1) / parts:.0f}%" for part in range(parts))]
+    lines = [[row.name, *(f"{each:.0%}" for each in row.recall_by_depth or [])] for row in known]
+    return markdown(headings, parts, lines)
 
 
 def positions(rows: Sequence[MillionRow]) -> str:

@@ -20,11 +20,12 @@ from transformers import PreTrainedModel
 
 from benchmarks import offload_plot, offload_rows, subjects
 from benchmarks.caches import Contender, compressed
-from benchmarks.device import out_of_memory, release, settle
+from benchmarks.device import release, settle
 from benchmarks.log import open_log
 from benchmarks.offload_rows import RESIDENT, Row
+from benchmarks.options import at_least
 from benchmarks.progress import bar
-from benchmarks.results import first_line
+from benchmarks.results import failed
 from benchmarks.timing import START, WARM_UP, filled
 from kvcompress import CompressedCache, Offload
 from kvcompress.store import PAGE
@@ -51,9 +52,7 @@ class Settings:
             raise ValueError(f"contexts must be one or more numbers above {START}, got {self.contexts}")
         if not self.budgets or not all(0 <= share <= 100 for share in self.budgets):
             raise ValueError(f"budgets must be one or more percentages from 0 to 100, got {self.budgets}")
-        for name, least in (("steps", 1), ("seed", 0)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
+        at_least(self, steps=1, seed=0)
 
     def of_rows(self) -> dict[str, object]:
         """What a row depends on beside its context, cache and budget."""
@@ -97,7 +96,7 @@ def measured(model: PreTrainedModel, contender: Contender, rows: Sequence[Row], 
             row, device_bytes=held.device, host_bytes=held.host, disk_bytes=held.disk, peak_bytes=peaks[index]
         )
         same = bool(torch.equal(last[index], last[0])) if index else None
-        results.append(replace(row.timed(seconds[index]), same_logits=same))
+        results.append(replace(row.timed(seconds[index], seconds[0]), same_logits=same))
     return results
 
 
@@ -159,16 +158,13 @@ def run(settings: Settings, output: Path, console: Console, fresh: bool = False)
                 try:
                     rows = measured(model, contender, rows, settings)
                 except Exception as error:  # a cache that breaks is a result to show
-                    status = "out of memory" if out_of_memory(error) else "failed"
-                    reason = f"{type(error).__name__}: {first_line(error)}"
-                    rows = [replace(row, status=status, reason=reason) for row in rows]
+                    rows = [failed(row, error) for row in rows]
                 for row in rows:
                     log.add(row)
                 release(model.device)
             progress.advance(task, context)
     log.rewrite()
-    device = torch.cuda.get_device_name(model.device) if model.device.type == "cuda" else "CPU"
-    title = f"{settings.model or 'embedded model'}, {str(model.dtype).removeprefix('torch.')}, on {device}"
+    title = subjects.described(settings.model, model)
     written = [log.path, *save(output, log.rows, title)]
     console.print(offload_rows.document(log.rows, title), markup=False)
     console.print("Written: " + ", ".join(map(str, written)), markup=False, soft_wrap=True)

@@ -10,12 +10,12 @@ from rich.console import Console
 
 from benchmarks import offload
 from benchmarks.offload import Settings
-from benchmarks.options import telling_errors, whole_numbers
+from benchmarks.options import LoadIn4Bit, Model, Resume, telling_errors, whole_numbers
 
 
 def command(
-    model: Annotated[str | None, typer.Option(help="model folder or hub id  [default: the embedded model]")] = None,
-    load_in_4bit: Annotated[bool, typer.Option("--load-in-4bit", help="weights in bitsandbytes' NF4")] = False,
+    model: Model = None,
+    load_in_4bit: LoadIn4Bit = False,
     contexts: Annotated[str, typer.Option(help="tokens held, with spaces between")] = " ".join(
         map(str, Settings.contexts)
     ),
@@ -26,7 +26,7 @@ def command(
     steps: Annotated[int, typer.Option(help="timed decode steps for each budget")] = Settings.steps,
     folder: Annotated[Path | None, typer.Option(help="folder for offloaded pages  [default: the system's]")] = None,
     seed: Annotated[int, typer.Option(help="what is drawn: the tokens held")] = Settings.seed,
-    resume: Annotated[bool, typer.Option("--resume/--fresh", help="go on with the rows that the folder holds")] = True,
+    resume: Resume = True,
     output: Annotated[Path, typer.Option(help="folder for results.jsonl, table.md and steps.png")] = Path(
         "benchmarks/results/offload"
     ),

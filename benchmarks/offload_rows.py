@@ -19,10 +19,11 @@ RESIDENT = "resident"
 class Row:
     """What was measured; None where it was not. status: "ok", else why there is no more, with a `reason`.
 
-    budget: the share of the coded pages' bytes that may be on the device, such as "50%"; RESIDENT: no offload. Seconds
-    of a decode step: the median with quartiles (_q1, _q3). device_bytes, host_bytes, disk_bytes: where pages and all
-    else that the cache holds lay. peak_bytes: by how much, on CUDA, a step raised the device's memory at its highest.
-    same_logits: whether the last step's are those of the cache that offloads nothing, bit for bit.
+    budget: the share of the coded pages' bytes that may be on the device, such as "50%"; RESIDENT: no offload.
+    step_seconds: of a decode step, the median with quartiles (_q1, _q3); step_ratio: the median over RESIDENT's.
+    device_bytes, host_bytes, disk_bytes: where pages and all else that the cache holds lay. peak_bytes: by how much, on
+    CUDA, a step raised the device's memory at its highest. same_logits: whether the last step's are those of the cache
+    that offloads nothing, bit for bit.
     """
 
     cache: str
@@ -33,9 +34,10 @@ class Row:
     spec: dict[str, Any] | None = None
     status: str = "ok"
     reason: str | None = None
-    seconds: float | None = None
-    seconds_q1: float | None = None
-    seconds_q3: float | None = None
+    step_seconds: float | None = None
+    step_seconds_q1: float | None = None
+    step_seconds_q3: float | None = None
+    step_ratio: float | None = None
     device_bytes: int | None = None
     host_bytes: int | None = None
     disk_bytes: int | None = None
@@ -46,10 +48,11 @@ class Row:
     def key(self) -> Key:
         return self.context, self.cache, self.budget
 
-    def timed(self, seconds: Sequence[float]) -> Row:
-        """The row with the times of its steps."""
+    def timed(self, seconds: Sequence[float], resident: Sequence[float]) -> Row:
+        """The row with the times of its steps; resident: those of the cache that offloads nothing."""
         found = Quartiles.of(seconds)
-        return replace(self, seconds=found.median, seconds_q1=found.lower, seconds_q3=found.upper)
+        ratio = found.median / Quartiles.of(resident).median
+        return replace(self, **found.fields("step_seconds"), step_ratio=ratio)
 
 
 NOTES = """Milliseconds of a decode step: medians, with quartiles in brackets, the budgets taking turns step by step.
@@ -66,23 +69,25 @@ def document(rows: Sequence[Row], title: str) -> str:
         own = [row for row in rows if row.context == context]
         parts += [
             f"## {context:,} tokens",
-            markdown(list(HEADINGS), len(HEADINGS) - 2, [cells(row, own) for row in own]),
+            table(own),
         ]
     parts += [f"* {row.cache}, {row.context:,}, {row.budget}: {row.status}: {row.reason}" for row in rows if row.reason]
     return "\n\n".join(parts) + "\n"
 
 
-def cells(row: Row, rows: Sequence[Row]) -> list[str]:
-    """A row as text, a dash for what is missing; `rows`: all of its context."""
-    whole = [each.seconds for each in rows if each.cache == row.cache and each.budget == RESIDENT]
-    ratio = None if not whole or whole[0] is None or row.seconds is None else row.seconds / whole[0]
-    ends = (row.seconds, row.seconds_q1, row.seconds_q3)
+def table(rows: Sequence[Row]) -> str:
+    return markdown(list(HEADINGS), len(HEADINGS) - 2, [cells(row) for row in rows])
+
+
+def cells(row: Row) -> list[str]:
+    """A row as text, a dash for what is missing."""
+    step = Quartiles.held(row, "step_seconds", 1000)
     sizes = (row.device_bytes, row.host_bytes, row.disk_bytes)
     return [
         row.cache if row.status == "ok" else f"{row.cache} ({row.status})",
         row.budget,
-        "-" if row.seconds is None else "{:.3g} ({:.3g} to {:.3g})".format(*(1000 * (x or 0) for x in ends)),
-        "-" if ratio is None else f"{ratio:.2f}",
+        "-" if step is None else step.told(),
+        "-" if row.step_ratio is None else f"{row.step_ratio:.2f}",
         *("-" if size is None else format_bytes(size) for size in sizes),
         "-" if row.same_logits is None else "yes" if row.same_logits else "no",
     ]

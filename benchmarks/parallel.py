@@ -6,7 +6,6 @@ bytes do not depend on that. Calculated for machines that are not at hand (`para
 
 from __future__ import annotations
 
-import json
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -18,9 +17,10 @@ import torch.multiprocessing as processes
 from rich.console import Console
 from torch.multiprocessing.spawn import ProcessException
 
-from benchmarks import parallel_tables, parallel_worker
+from benchmarks import parallel_estimate, parallel_tables, parallel_worker
 from benchmarks.caches import Contender, compressed
 from benchmarks.log import open_log, readable
+from benchmarks.options import at_least
 from benchmarks.parallel_estimate import Estimate, Machine, estimate
 from benchmarks.parallel_rows import Row
 from benchmarks.parallel_worker import Work
@@ -55,15 +55,18 @@ class Settings:
             raise ValueError("at least one spec must be named, got none")
         if not self.ranks or list(self.ranks) != sorted(set(self.ranks)) or self.ranks[0] < 1:
             raise ValueError(f"ranks must be numbers of at least 1, each once and ascending, got {self.ranks}")
-        for name, least in (("context", 1), ("chunk", 1), ("steps", 1), ("seed", 0), ("tokens", 1)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
+        at_least(self, context=1, chunk=1, steps=1, seed=0, tokens=1)
 
     def of_rows(self) -> dict[str, Any]:
         """What a row depends on beside its cache and ranks."""
         text = None if self.text is None else str(self.text)
         names = ("model", "load_in_4bit", "context", "chunk", "steps", "seed")
         return {name: getattr(self, name) for name in names} | {"text": text}
+
+    def options(self) -> dict[str, Any]:
+        """What the command was asked for, but for the machine that is calculated."""
+        more = {"specs": self.specs, "ranks": self.ranks, "geometry": self.geometry, "tokens": self.tokens}
+        return self.of_rows() | more
 
     def contenders(self) -> list[Contender]:
         """The caches; raises ValueError for a spec that is none."""
@@ -97,8 +100,7 @@ def save(folder: Path, rows: Sequence[Row], settings: Settings, title: str) -> l
     table, numbers, picture = (folder / name for name in ("table.md", "estimate.json", "parallel.png"))
     estimates = settings.estimates()
     table.write_text(parallel_tables.document(rows, estimates[-1:], title))
-    found = [{**asdict(each), "total": each.total, "assumptions": each.assumptions} for each in estimates]
-    numbers.write_text(json.dumps(found, indent=1) + "\n")
+    parallel_estimate.write(numbers, estimates)
     parallel_tables.plot(picture, rows, estimates, title)
     return [table, numbers, picture]
 
@@ -110,7 +112,7 @@ def run(settings: Settings, output: Path, console: Console, fresh: bool = False)
     with the rows in the folder; OSError for a model or geometry that is not there.
     """
     contenders = settings.contenders()  # a wrong spec is told before anything is measured
-    log = open_log(output, "parallel", Row, settings.of_rows(), fresh)
+    log = open_log(output, "parallel", Row, settings.of_rows(), fresh, options=settings.options())
     missing = [each.name for each in contenders if not all(log.done((each.name, n)) for n in settings.ranks)]
     counts = sorted({1, *settings.ranks})  # a single rank comes first, which the others are held against
     cells = tuple((name, count) for name in missing for count in counts)

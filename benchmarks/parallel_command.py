@@ -9,7 +9,7 @@ import typer
 from rich.console import Console
 
 from benchmarks import parallel
-from benchmarks.options import telling_errors, whole_numbers
+from benchmarks.options import LoadIn4Bit, Model, Resume, telling_errors, whole_numbers
 from benchmarks.parallel import MACHINE, Settings
 from benchmarks.parallel_estimate import Machine
 from kvcompress.units import parse_count, parse_size
@@ -20,8 +20,8 @@ def command(
     ranks: Annotated[str, typer.Option(help="numbers of processes, with spaces between")] = " ".join(
         map(str, Settings.ranks)
     ),
-    model: Annotated[str | None, typer.Option(help="model folder or hub id  [default: the embedded model]")] = None,
-    load_in_4bit: Annotated[bool, typer.Option("--load-in-4bit", help="weights in bitsandbytes' NF4")] = False,
+    model: Model = None,
+    load_in_4bit: LoadIn4Bit = False,
     text: Annotated[
         Path | None, typer.Option(help="text file  [default: library modules that training never saw]")
     ] = None,
@@ -41,7 +41,7 @@ def command(
     link: Annotated[str, typer.Option(help="calculated: what a GPU sends to others in a second")] = "450GB",
     latency: Annotated[float, typer.Option(help="calculated: microseconds of a hop between GPUs")] = 2.0,
     weight_bits: Annotated[float, typer.Option(help="calculated: bits of a parameter")] = MACHINE.weight_bits,
-    resume: Annotated[bool, typer.Option("--resume/--fresh", help="go on with the rows that the folder holds")] = True,
+    resume: Resume = True,
     output: Annotated[
         Path, typer.Option(help="folder for results.jsonl, table.md, estimate.json, parallel.png")
     ] = Path("benchmarks/results/parallel"),

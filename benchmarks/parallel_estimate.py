@@ -5,8 +5,11 @@ Nothing here is measured; `Estimate.assumptions` says what it rests on.
 
 from __future__ import annotations
 
+import json
 import math
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
 
 import torch
 
@@ -96,6 +99,22 @@ class Estimate:
             "a bound from below, which leaves out the arithmetic on codes, launches and sampling.",
             "Positions beyond what the model was trained for are a question of quality, which this says nothing of.",
         )
+
+
+def write(path: Path, estimates: Sequence[Estimate]) -> None:
+    """All of them as JSON, with what follows from their fields."""
+    found = [{**asdict(each), "total": each.total, "assumptions": each.assumptions} for each in estimates]
+    path.write_text(json.dumps(found, indent=1) + "\n")
+
+
+def read(path: Path) -> list[Estimate]:
+    """What `write` wrote; raises OSError where there is no such file, ValueError where it holds anything else."""
+    names = [field.name for field in fields(Estimate) if field.name != "machine"]
+    try:
+        found = json.loads(path.read_text("utf-8"))
+        return [Estimate(**{name: each[name] for name in names}, machine=Machine(**each["machine"])) for each in found]
+    except (TypeError, KeyError) as error:
+        raise ValueError(f"{path}: no estimates of `python -m benchmarks parallel`: {error!r}") from error
 
 
 def estimate(geometry: str, spec: str, tokens: int, chunk: int, machine: Machine) -> Estimate:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from benchmarks.parallel_estimate import Estimate
 from benchmarks.parallel_rows import Row
@@ -15,20 +16,34 @@ HEADINGS = (
     "off by",
 )  # fmt: skip
 
+NOTES = """*Pages*, *held*: of the rank that has least and of the one that has most, counted over real storage. *Between
+ranks*: bytes that a rank hands to its collectives for a decoded token. *Off by*: the last logits from a single rank's,
+at most, as a share of the largest."""
+
+#: What bars are made of, from the axis on, and their colours.
+MEASURED = {"its share of the pages": "#2f6fdf", "held by every rank": "#e0662b"}
+CALCULATED = {
+    "weights": "#7d8797",
+    "its share of the pages": "#2f6fdf",
+    "windows, bases, tables, activations": "#7a5bd6",
+}
+
 
 def document(rows: Sequence[Row], estimates: Sequence[Estimate], title: str) -> str:
     """All that was measured, then what was calculated and what that rests on."""
     lines = [
         "# One context over several devices\n",
-        f"Measured: {title}. *Pages*, *held*: of the rank that has least and of the one that has most, counted over "
-        "real storage. *Between ranks*: bytes that a rank hands to its collectives for a decoded token. *Off by*: the "
-        "last logits from a single rank's, at most, as a share of the largest.\n",
-        markdown(HEADINGS, 6, [_cells(row) for row in rows]),
+        f"Measured: {title}. {NOTES}\n",
+        table(rows),
     ]
     lines += [f"* {row.cache}, {row.ranks} ranks: {row.status}: {row.reason}\n" for row in rows if row.reason]
     for each in estimates:
         lines.append(calculated(each))
     return "\n".join(lines)
+
+
+def table(rows: Sequence[Row]) -> str:
+    return markdown(HEADINGS, 6, [_cells(row) for row in rows])
 
 
 def _cells(row: Row) -> list[str]:
@@ -90,29 +105,41 @@ def plot(path: Path, rows: Sequence[Row], estimates: Sequence[Estimate], title: 
     from matplotlib import pyplot
 
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(12, 4.6), layout="constrained")
-    done = [row for row in rows if row.page_bytes is not None and row.held_bytes is not None]
-    labels = [f"{row.cache}, {row.ranks} rank{'s' * (row.ranks > 1)}" for row in done]
-    pages = [max(row.page_bytes or [0]) / 2**20 for row in done]
-    held = [max(row.held_bytes or [0]) / 2**20 for row in done]
-    left.barh(labels, pages, label="its share of the pages")
-    left.barh(labels, [h - p for h, p in zip(held, pages, strict=True)], left=pages, label="held by every rank")
-    left.set(xlabel="MiB of the fullest rank", title=f"Measured: {title}")
-    left.invert_yaxis()
-    left.legend()
-    names = [f"{each.machine.gpus} GPU{'s' * (each.machine.gpus > 1)}" for each in estimates]
-    bottom = [0.0] * len(estimates)
-    for label, field in (("weights", "weights"), ("its pages", "pages")):
-        sizes = [getattr(each, field) / 2**30 for each in estimates]
-        right.bar(names, sizes, bottom=bottom, label=label)
-        bottom = [b + s for b, s in zip(bottom, sizes, strict=True)]
-    rest = [each.total / 2**30 - b for each, b in zip(estimates, bottom, strict=True)]
-    right.bar(names, rest, bottom=bottom, label="windows, bases, tables, activations")
+    measured([row for row in rows if row.page_bytes and row.held_bytes], left)
+    calculated_bars(estimates, right)
     first = estimates[0]
-    right.axhline(first.machine.memory / 2**30, color="red", lw=1.2, label="what a GPU has")
-    right.set(ylabel="GiB of a GPU", title=f"Calculated: {first.tokens:,} tokens of {first.geometry}\n({first.spec})")
-    right.legend()
+    left.set_title(f"Measured: {title}")
+    right.set_title(f"Calculated: {first.tokens:,} tokens of {first.geometry}\n({first.spec})")
     for axes, along in ((left, "x"), (right, "y")):
         axes.title.set_fontsize(9)
         axes.grid(alpha=0.3, axis=along)
+        axes.legend()
     figure.savefig(path, dpi=130)
     pyplot.close(figure)
+
+
+def measured(rows: Sequence[Row], axes: Any) -> None:
+    """A bar for each row: bytes of the fullest rank, in the parts of MEASURED."""
+    labels = [f"{row.cache}, {row.ranks} rank{'s' * (row.ranks > 1)}" for row in rows]
+    pages = [max(row.page_bytes or [0]) / 2**20 for row in rows]
+    held = [max(row.held_bytes or [0]) / 2**20 for row in rows]
+    sizes = (pages, [h - p for h, p in zip(held, pages, strict=True)])
+    left = [0.0] * len(rows)
+    for (name, colour), widths in zip(MEASURED.items(), sizes, strict=True):
+        axes.barh(labels, widths, left=left, label=name, color=colour)
+        left = widths
+    axes.set_xlabel("MiB of the fullest rank")
+    axes.invert_yaxis()
+
+
+def calculated_bars(estimates: Sequence[Estimate], axes: Any) -> None:
+    """A bar for each number of GPUs: bytes of one, in the parts of CALCULATED, and what it has."""
+    names = [f"{each.machine.gpus} GPU{'s' * (each.machine.gpus > 1)}" for each in estimates]
+    known = [(each.weights, each.pages, each.total - each.weights - each.pages) for each in estimates]
+    bottom = [0.0] * len(estimates)
+    for (name, colour), sizes in zip(CALCULATED.items(), zip(*known, strict=True), strict=True):
+        heights = [size / 2**30 for size in sizes]
+        axes.bar(names, heights, bottom=bottom, label=name, color=colour)
+        bottom = [b + h for b, h in zip(bottom, heights, strict=True)]
+    axes.axhline(estimates[0].machine.memory / 2**30, color="#d23f4f", lw=1.4, label="what a GPU has")
+    axes.set_ylabel("GiB of a GPU")

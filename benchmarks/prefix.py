@@ -23,11 +23,12 @@ from transformers import PreTrainedModel
 
 from benchmarks import prefix_plot, prefix_rows, subjects, texts
 from benchmarks.caches import UNCOMPRESSED, Contender, compressed
-from benchmarks.device import out_of_memory, release, settle
+from benchmarks.device import release, settle
 from benchmarks.log import open_log
+from benchmarks.options import at_least
 from benchmarks.prefix_rows import WAYS, Row, empty_row
 from benchmarks.progress import bar
-from benchmarks.results import first_line
+from benchmarks.results import failed
 from benchmarks.storage import cache_bytes
 from benchmarks.timing import reading
 from kvcompress import CacheSpec, CompressedCache, PrefixStore
@@ -58,9 +59,7 @@ class Settings:
     def __post_init__(self) -> None:
         if not self.contexts or min(self.contexts) < PAGE:
             raise ValueError(f"contexts must be one or more numbers of at least {PAGE}, got {self.contexts}")
-        for name, least in (("question", 2), ("repetitions", 1), ("chunk", 1), ("seed", 0)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
+        at_least(self, question=2, repetitions=1, chunk=1, seed=0)
 
     def of_rows(self) -> dict[str, object]:
         """What a row depends on beside its context and cache."""
@@ -194,15 +193,12 @@ def run(settings: Settings, output: Path, console: Console, fresh: bool = False)
                     try:
                         row = case.measured(row, contender, Path(folder))
                     except Exception as error:  # a cache that breaks is a result to show
-                        status = "out of memory" if out_of_memory(error) else "failed"
-                        row = replace(row, status=status, reason=f"{type(error).__name__}: {first_line(error)}")
+                        row = failed(row, error)
                 log.add(row)
                 release(model.device)
             progress.advance(task, context * settings.repetitions)
     log.rewrite()
-    device = torch.cuda.get_device_name(model.device) if model.device.type == "cuda" else "CPU"
-    dtype = str(model.dtype).removeprefix("torch.")
-    title = f"{settings.model or 'embedded model'}, {dtype}, on {device}; questions of {settings.question} tokens"
+    title = f"{subjects.described(settings.model, model)}; questions of {settings.question} tokens"
     written = [log.path, *save(output, log.rows, title)]
     console.print(prefix_rows.document(log.rows, title), markup=False)
     console.print("Written: " + ", ".join(map(str, written)), markup=False, soft_wrap=True)

@@ -9,13 +9,13 @@ import typer
 from rich.console import Console
 
 from benchmarks import prefix
-from benchmarks.options import telling_errors, whole_numbers
+from benchmarks.options import LoadIn4Bit, Model, Resume, telling_errors, whole_numbers
 from benchmarks.prefix import Settings
 
 
 def command(
-    model: Annotated[str | None, typer.Option(help="model folder or hub id  [default: the embedded model]")] = None,
-    load_in_4bit: Annotated[bool, typer.Option("--load-in-4bit", help="weights in bitsandbytes' NF4")] = False,
+    model: Model = None,
+    load_in_4bit: LoadIn4Bit = False,
     text: Annotated[
         Path | None, typer.Option(help="text file  [default: library modules that training never saw]")
     ] = None,
@@ -27,7 +27,7 @@ def command(
     repetitions: Annotated[int, typer.Option(help="timed prompts, after one that is stored")] = Settings.repetitions,
     chunk: Annotated[int, typer.Option(help="tokens of a prompt fed at a time")] = Settings.chunk,
     seed: Annotated[int, typer.Option(help="what the text's modules are ordered by")] = Settings.seed,
-    resume: Annotated[bool, typer.Option("--resume/--fresh", help="go on with the rows that the folder holds")] = True,
+    resume: Resume = True,
     output: Annotated[Path, typer.Option(help="folder for results.jsonl, table.md and first-token.png")] = Path(
         "benchmarks/results/prefix"
     ),

@@ -58,10 +58,12 @@ class Row:
         """The row with the times of each way that was measured."""
         found: dict[str, Any] = {}
         for way, times in seconds.items():
-            quartiles = Quartiles.of(times)
-            found[f"seconds_{way}"] = quartiles.median
-            found |= {f"seconds_{way}_q1": quartiles.lower, f"seconds_{way}_q3": quartiles.upper}
+            found |= Quartiles.of(times).fields(f"seconds_{way}")
         return replace(self, **found)
+
+    def seconds(self, way: str) -> Quartiles | None:
+        """To the first token, in one of WAYS; None where that was not measured."""
+        return Quartiles.held(self, f"seconds_{way}")
 
 
 def empty_row(contender: Contender, context: int, seed: int) -> Row:
@@ -109,11 +111,6 @@ def cells(row: Row) -> list[str]:
     sizes = (row.tokens_reused, row.disk_bytes, row.memory_bytes, row.uncompressed_bytes)
     return [
         row.cache if row.status == "ok" else f"{row.cache} ({row.status})",
-        *(_seconds(row, way) for way in WAYS),
+        *("-" if (found := row.seconds(way)) is None else found.told() for way in WAYS),
         *("-" if size is None else f"{size:,}" for size in sizes),
     ]
-
-
-def _seconds(row: Row, way: str) -> str:
-    median, low, high = (getattr(row, f"seconds_{way}{end}") for end in ("", "_q1", "_q3"))
-    return "-" if median is None else f"{median:.3g} ({low:.3g} to {high:.3g})"

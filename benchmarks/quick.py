@@ -16,6 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from benchmarks import needles, quality, results, subjects, texts, timing
 from benchmarks.caches import SPECS, UNCOMPRESSED, Contender, contenders
 from benchmarks.needles import Document
+from benchmarks.options import at_least
 from benchmarks.progress import bar
 from benchmarks.quality import Advance, Predictions
 from benchmarks.results import Result, failed
@@ -45,18 +46,7 @@ class Settings:
     load_in_4bit: bool = False
 
     def __post_init__(self) -> None:
-        at_least = {
-            "context": texts.SHORTEST,
-            "passages": 1,
-            "documents": 0,
-            "facts": 1,
-            "chunk": 1,
-            "steps": 1,
-            "seed": 0,
-        }
-        for name, least in at_least.items():
-            if getattr(self, name) < least:
-                raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
+        at_least(self, context=texts.SHORTEST, passages=1, documents=0, facts=1, chunk=1, steps=1, seed=0)
         if self.step_context and self.step_context <= timing.START:
             raise ValueError(f"step_context must be 0 or more than {timing.START} tokens, got {self.step_context}")
 

@@ -11,9 +11,10 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
-from benchmarks import code_error, memory_rows, static, vllm_check
+from benchmarks import code_error, memory_rows, million_tables, static, vllm_check
 from benchmarks.caches import OUR_SIDE, PEER_SIDE
-from benchmarks.log import read
+from benchmarks.log import read, readable
+from benchmarks.million_rows import MillionRow
 from benchmarks.pareto import Spread, Summary, best_at, panels, ratio, summarise
 from benchmarks.prefill_memory import PrefillRow
 from benchmarks.report.quick import QuickRow
@@ -151,6 +152,22 @@ def memory(results: Path) -> str:
     return markdown(["geometry", "filled", "tokens", "bfloat16", "compressed", "smaller", "bits/elem"], 5, lines)
 
 
+def million(results: Path) -> str:
+    """What each cache made of the longest document, as far as they were measured."""
+    path = results / "million" / "results.jsonl"
+    rows = [row for row in (read(path, MillionRow) if path.exists() else []) if row.status == "ok"]
+    if not rows:
+        return "*No rows of `million` are committed yet.*\n"
+    own = [row for row in rows if row.tokens == max(row.tokens for row in rows)]
+    headings = ["cache", "bits/elem", "MB", "bfloat16 / cache", "perplexity", "largest rise", "recall"]
+    lines = [
+        [row.name, *million_tables.size(row), f"{row.perplexity:.2f}", million_tables.rise(row),
+         million_tables.recalled(row)]
+        for row in own
+    ]  # fmt: skip
+    return f"{own[0].tokens:,} tokens:\n\n" + markdown(headings, len(headings) - 1, lines)
+
+
 def prefill(results: Path) -> str:
     """How far memory rose during a chunked prefill."""
     rows = read(results / "prefill_memory" / "results.jsonl", PrefillRow)
@@ -177,12 +194,15 @@ def kernels(results: Path) -> str:
 
 def steps(results: Path) -> str:
     """What a decode step takes in PyTorch."""
-    rows = {row.cache: row for row in read(results / "quick" / "results.jsonl", QuickRow)}
+    path = results / "quick" / "results.jsonl"
+    rows = {row.cache: row for row in read(path, QuickRow)}
+    line = readable(path.read_text("utf-8").splitlines())[-1]
+    tokens, threads = line["settings"]["step_context"], line["threads"]
     first, second = (f"{rows[name].step_ratio or 0.0:.0f} times" for name in (DEFAULT_SPEC, "trellis3"))
     return (
-        "* In PyTorch, block by block, memory is bounded, but a decode step at 8192 tokens takes "
+        f"* In PyTorch, block by block, memory is bounded, but a decode step at {tokens} tokens takes "
         f"{first} as long as an\n  uncompressed one with `{DEFAULT_SPEC}`, {second} with `trellis3` "
-        "(`python -m benchmarks quick`, two CPU cores).\n"
+        f"(`python -m benchmarks quick`, threads: {threads}).\n"
     )
 
 
@@ -204,6 +224,7 @@ BLOCKS: dict[str, Callable[[Path], str]] = {
     "scaling": scaling,
     "embedded": embedded,
     "memory": memory,
+    "million": million,
     "prefill": prefill,
     "kernels": kernels,
     "steps": steps,

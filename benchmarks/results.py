@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 from rich.table import Table
 
 import kvcompress
+from benchmarks.device import out_of_memory
 from benchmarks.tables import markdown
 
 AnyRow = TypeVar("AnyRow")
@@ -24,7 +25,8 @@ PACKAGES = ("torch", "triton", "transformers", "optimum-quanto", "hqq", "bitsand
 
 @dataclass(frozen=True)
 class Result:
-    """One cache's row; what was not measured is None. status: "ok", or "not installed" or "failed" with a `reason`.
+    """One cache's row; what was not measured is None. status: "ok", else such as "not installed", "failed",
+    "out of memory", with a `reason`.
 
     bytes, uncompressed_bytes: of the cache after one passage. KL in nats a token. Prefill in tokens per second. A
     decode step in milliseconds, and over the uncompressed cache's (step_ratio), at the settings' step_context.
@@ -109,8 +111,9 @@ def first_line(error: Exception) -> str:
 
 def failed(row: AnyRow, error: Exception) -> AnyRow:
     """The row of a cache that broke: the first line of its reason, and what was measured before."""
+    status = "out of memory" if out_of_memory(error) else "failed"
     # a frozen dataclass with these two fields, which no type says
-    return replace(row, status="failed", reason=f"{type(error).__name__}: {first_line(error)}")  # type: ignore[type-var]
+    return replace(row, status=status, reason=f"{type(error).__name__}: {first_line(error)}")  # type: ignore[type-var]
 
 
 def write_lines(path: Path, results: Sequence[Result], shared: dict[str, Any]) -> None:

@@ -10,7 +10,7 @@ from rich.console import Console
 
 from benchmarks import retrieval
 from benchmarks.haystack import TASKS
-from benchmarks.options import telling_errors, whole_numbers
+from benchmarks.options import Model, Resume, telling_errors, whole_numbers
 from benchmarks.retrieval import SPECS, Settings
 
 
@@ -22,7 +22,7 @@ def command(
     depths: Annotated[int, typer.Option(help="depths of the single needle, in even steps")] = Settings.depths,
     specs: Annotated[str, typer.Option(help="specs to measure, with spaces between")] = " ".join(SPECS),
     baselines: Annotated[bool, typer.Option(help="measure transformers' QuantizedCache too")] = True,
-    model: Annotated[str | None, typer.Option(help="model folder or hub id  [default: the embedded model]")] = None,
+    model: Model = None,
     load_in_4bit: Annotated[
         bool, typer.Option("--load-in-4bit", help="the model's weights in 4 bits, by bitsandbytes")
     ] = False,
@@ -37,7 +37,7 @@ def command(
     ] = Settings.keys,
     values: Annotated[int, typer.Option(help="values of the key of a multi-value document")] = Settings.values,
     hops: Annotated[int, typer.Option(help="assignments after the first of a chain of variables")] = Settings.hops,
-    resume: Annotated[bool, typer.Option("--resume/--fresh", help="go on with the rows that the folder holds")] = True,
+    resume: Resume = True,
     output: Annotated[Path, typer.Option(help="folder for results.jsonl, table.md, heatmaps.png")] = Path(
         "benchmarks/results/retrieval"
     ),

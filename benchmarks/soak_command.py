@@ -8,13 +8,13 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from benchmarks.options import telling_errors
+from benchmarks.options import Model, telling_errors
 from kvcompress.serving import requirements
 
 
 def command(
     minutes: Annotated[float, typer.Option(help="minutes of requests")] = 10,
-    model: Annotated[str | None, typer.Option(help="model folder or hub id  [default: the embedded model]")] = None,
+    model: Model = None,
     spec: Annotated[str, typer.Option(help="spec of the server's caches")] = "trellis3",
     clients: Annotated[int, typer.Option(help="clients at once")] = 3,
     every: Annotated[float, typer.Option(help="seconds between two looks at the server's memory")] = 1,

@@ -51,6 +51,16 @@ class Row:
     def key(self) -> str:
         return self.spec
 
+    @property
+    def rss(self) -> Slope:
+        """Growth of the process."""
+        return Slope(self.rss_slope, self.rss_low, self.rss_high)
+
+    @property
+    def caches(self) -> Slope:
+        """Growth of the caches of running requests."""
+        return Slope(self.cache_slope, self.cache_low, self.cache_high)
+
 
 def judged(client: dict[str, int], server: dict[str, int], lost: list[str]) -> tuple[str, str | None]:
     """Status and reason of a soak."""
@@ -62,19 +72,14 @@ def judged(client: dict[str, int], server: dict[str, int], lost: list[str]) -> t
 
 def document(row: Row) -> str:
     """The whole of table.md."""
-    rss, cache = (
-        Slope(row.rss_slope, row.rss_low, row.rss_high),
-        Slope(row.cache_slope, row.cache_low, row.cache_high),
-    )
     kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(row.requests.items()))
-    lines = [[name, f"{row.client[name]:,}", f"{row.server[name]:,}"] for name in COUNTS]
     parts = [
         "# A server under mixed requests",
         f"`kvcompress serve --spec {row.spec}` for {row.seconds / 60:.1f} minutes: {kinds}. "
         f"{row.lost} requests were lost; {row.prefix_hits} prompts went on from a stored prefix.",
-        markdown(["count", "of the clients", "of the server"], 2, lines),
-        f"Growth a minute, with 95% confidence intervals: memory of the process {_growth(rss)} "
-        f"(mean {row.rss_mean / 2**20:,.0f} MiB), caches of running requests {_growth(cache)} "
+        counts(row),
+        f"Growth a minute, with 95% confidence intervals: memory of the process {growth(row.rss)} "
+        f"(mean {row.rss_mean / 2**20:,.0f} MiB), caches of running requests {growth(row.caches)} "
         f"(at most {row.cache_peak / 2**20:,.2f} MiB, at the end {row.cache_at_end:,.0f} bytes).",
     ]
     if row.reason:
@@ -82,5 +87,12 @@ def document(row: Row) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def _growth(slope: Slope) -> str:
+def counts(row: Row) -> str:
+    """What both sides counted, as a table."""
+    lines = [[name, f"{row.client[name]:,}", f"{row.server[name]:,}"] for name in COUNTS]
+    return markdown(["count", "of the clients", "of the server"], 2, lines)
+
+
+def growth(slope: Slope) -> str:
+    """A minute's growth with its interval."""
     return f"{slope.value / 1024:+,.1f} KiB ({slope.low / 1024:+,.1f} to {slope.high / 1024:+,.1f})"

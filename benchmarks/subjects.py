@@ -39,6 +39,12 @@ def load(name: str | None, load_in_4bit: bool = False) -> tuple[PreTrainedModel,
     return model, tokenizer
 
 
+def described(name: str | None, model: PreTrainedModel) -> str:
+    """The model that was loaded under `name`, its dtype and its device, for titles."""
+    device = torch.cuda.get_device_name(model.device) if model.device.type == "cuda" else "CPU"
+    return f"{name or 'embedded model'}, {str(model.dtype).removeprefix('torch.')}, on {device}"
+
+
 def _quantised(load_in_4bit: bool) -> dict[str, Any]:
     """The arguments of `from_pretrained` for weights of 4 bits, which then go to their device by themselves."""
     if not load_in_4bit:

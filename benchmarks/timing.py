@@ -6,6 +6,7 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,6 +32,26 @@ class Quartiles:
         if len(values) == 1:
             return cls(values[0], values[0], values[0])
         return cls(*statistics.quantiles(values, n=4, method="inclusive"))
+
+    @classmethod
+    def held(cls, row: object, name: str, unit: float = 1.0) -> Quartiles | None:
+        """What a row has in a field and its quartiles, times `unit`; None where that was not measured."""
+        found = [getattr(row, f"{name}{end}") for end in ("_q1", "", "_q3")]
+        return None if None in found else cls(*(unit * value for value in found))
+
+    def fields(self, name: str, unit: float = 1.0) -> dict[str, Any]:
+        """A row's fields: the median under its name, the quartiles under it with _q1 and _q3, all times `unit`."""
+        return {name: unit * self.median, f"{name}_q1": unit * self.lower, f"{name}_q3": unit * self.upper}
+
+    def told(self) -> str:
+        """The median, with the quartiles in brackets."""
+        median, lower, upper = (f"{x:,.0f}" if x >= 100 else f"{x:.3g}" for x in (self.median, self.lower, self.upper))
+        return f"{median} ({lower} to {upper})"
+
+    @property
+    def errors(self) -> tuple[float, float]:
+        """From the median down to the lower quartile, and up to the upper one."""
+        return self.median - self.lower, self.upper - self.median
 
 
 @torch.inference_mode()

@@ -15,9 +15,10 @@ from transformers.cache_utils import DynamicLayer, LinearAttentionAndFullAttenti
 from kvcompress import basis as bases
 from kvcompress import persist
 from kvcompress.basis import Basis
-from kvcompress.layer import CompressedHybridLayer, CompressedLayer, Shared
+from kvcompress.layer import CompressedHybridLayer, CompressedLayer
 from kvcompress.memory import MemoryReport, storage_bytes
 from kvcompress.parallel import ContextGroup, Group
+from kvcompress.shared import Shared
 from kvcompress.spec import DEFAULT_SPEC, CacheSpec, LayerSpec
 from kvcompress.state import share
 from kvcompress.tiers import Offload

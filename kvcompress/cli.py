@@ -324,11 +324,15 @@ def serve(
         str | None, typer.Option(help="Tokens that prompt and answer may have together: 131072, 128k, 1M.")
     ] = None,
     cache_budget: Annotated[
-        str | None, typer.Option(help="Bytes that one request's cache may come to, such as 2GiB.")
+        str | None,
+        typer.Option(help="Bytes that one request's cache may come to, such as 2GiB; of all, if batched."),
     ] = None,
+    continuous_batching: Annotated[
+        bool, typer.Option("--continuous-batching", help="Generate for all requests at once, from one pool of blocks.")
+    ] = False,
     prefix_store: PrefixStoreOption = None,
     min_tokens: MinTokensOption = 1024,
-    prefill_chunk: Annotated[int, typer.Option(min=1, help="Tokens of a prompt that are read at a time.")] = 4096,
+    prefill_chunk: Annotated[int, typer.Option(min=1, help="Tokens of prompts that are read at a time.")] = 4096,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps; auto: all GPUs where there are some.")] = "auto",
     dtype: Annotated[Dtype, typer.Option(help="The model's and the exact tokens'; auto: as it is stored.")] = "auto",
 ) -> None:
@@ -342,14 +346,16 @@ def serve(
     Examples:
       kvcompress serve Qwen/Qwen3-0.6B --spec spectral3
       kvcompress serve ./my-model --cache-budget 2GiB --prefix-store ~/.cache/kvcompress
+      kvcompress serve Qwen/Qwen3-0.6B --continuous-batching --cache-budget 20GiB
     """
     from kvcompress import DEFAULT_SPEC, serving
+    from kvcompress.paged.codecs import DEFAULT
 
     if device != "auto":
         _device(device)
     settings = serving.Settings(
         model,
-        spec or DEFAULT_SPEC,
+        spec or (DEFAULT if continuous_batching else DEFAULT_SPEC),
         host,
         port,
         prefix_store,
@@ -359,6 +365,7 @@ def serve(
         device,
         dtype,
         prefill_chunk,
+        continuous_batching,
     )
     serving.run(settings)
 
@@ -367,56 +374,12 @@ def serve(
 def specs() -> None:
     """List the codecs with the bits that they take, the presets, and how a spec is written."""
     import kvcompress.spec
+    from kvcompress import spec_tables
 
-    _print_codecs()
-    _print_presets()
+    spec_tables.print_codecs()
+    spec_tables.print_presets()
     grammar = (kvcompress.spec.__doc__ or "").partition("::")[2].strip("\n")
     print(f"\nA spec names codecs and settings; the default is {kvcompress.DEFAULT_SPEC}.\n\n{grammar.rstrip()}")
-
-
-def _print_codecs() -> None:
-    """A table of every registered family: its bits, and what an element of a bfloat16 cache takes with its scales."""
-    from rich.console import Console
-    from rich.table import Table
-
-    from kvcompress.spec import CODECS
-
-    table = Table("spec", "bits per element\nhead_dim 64", "\n128", "what it is")
-    for name in CODECS:
-        what = (sys.modules[CODECS[name].build.__module__].__doc__ or "").partition("\n")[0]
-        for position, example in enumerate(CODECS[name].examples):
-            try:
-                table.add_row(example, *_codec_bits(example), "" if position else what)
-            except ValueError as error:  # what it needs is not installed
-                table.add_row(example, "-", "-", str(error))
-    Console().print(table)
-
-
-def _print_presets() -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    from kvcompress.presets import PRESETS
-
-    table = Table("preset", "spec", "what it is")
-    for name, preset in PRESETS.items():
-        table.add_row(name, preset.source, preset.what)
-    Console().print(table)
-
-
-def _codec_bits(text: str) -> list[str]:
-    """Bits per element of a bfloat16 cache with heads of 64 and of 128: of keys, and of values where they differ."""
-    import torch
-
-    from kvcompress.codecs import Geometry
-    from kvcompress.spec import CodecSpec
-
-    spec = CodecSpec.parse(text)
-    cells = []
-    for size in (64, 128):
-        bits = [spec.build(Geometry(size, side, 2)).bits_per_element(torch.bfloat16) for side in (0, 1)]
-        cells.append(f"{bits[0]:.3f}" if bits[0] == bits[1] else f"{bits[0]:.3f} / {bits[1]:.3f}")
-    return cells
 
 
 if __name__ == "__main__":

@@ -9,13 +9,11 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections import Counter
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedConfig
 from transformers.cache_utils import CacheLayerMixin, LinearAttentionLayer
 
 from kvcompress import backends
@@ -24,13 +22,11 @@ from kvcompress.basis import Basis
 from kvcompress.codecs import Geometry
 from kvcompress.history import History
 from kvcompress.memory import MemoryReport, storage_bytes
-from kvcompress.offloaded import OffloadedPool
-from kvcompress.parallel import ContextGroup, digest
 from kvcompress.reference import Scores
-from kvcompress.rope import Rope, rotates
-from kvcompress.spec import CacheSpec
-from kvcompress.store import PAGE, PagePool
-from kvcompress.tiers import Offload
+from kvcompress.store import PAGE
+
+if TYPE_CHECKING:
+    from kvcompress.shared import Shared
 
 logger = logging.getLogger(__name__)
 
@@ -70,53 +66,6 @@ class Transaction:
             vars(layer).clear()
             vars(layer).update(state)
         self._before = {}
-
-
-class Shared:
-    """What the layers of one cache have in common: counts of what happened, the forward pass, the model's RoPE, and the
-    ranks that pages are dealt out to (None: this one keeps all), and where pages lie (None: all on the device)."""
-
-    def __init__(
-        self,
-        config: PreTrainedConfig,
-        spec: CacheSpec,
-        layers: int,
-        group: ContextGroup | None = None,
-        offload: Offload | None = None,
-    ):
-        self.config, self.spec, self.layers, self.group, self.offload = config, spec, layers, group, offload
-        self.first: int | None = None  # of the compressed layers
-        self.counts: Counter[str] = Counter()
-        self.transaction = Transaction()
-        self._ropes: dict[int, Rope | None] = {}  # by the width of keys
-
-    def rotation(self, layer: int, width: int) -> Rope | None:
-        """The rotation of a layer's keys, None where they have none; made once for all layers."""
-        if not rotates(self.config, layer):
-            return None
-        if width not in self._ropes:
-            self._ropes[width] = Rope.of(self.config, width, layer)
-        return self._ropes[width]
-
-    def pool(self, device: torch.device, pages: PagePool | None = None) -> PagePool:
-        """A pool for pages that come from a device, holding `pages` from the start, where they are given."""
-        if self.offload is None or isinstance(pages, OffloadedPool):
-            return pages or PagePool()
-        return OffloadedPool.adopt(self.offload, pages or PagePool(), device)
-
-    def agree(self, layer: CompressedLayer, key: Tensor) -> None:
-        """At the first compressed layer, raise ValueError on all ranks unless all begin the same forward pass."""
-        if self.group is None or layer.index != self.first:
-            return
-        config, history = self.config, layer.history
-        held = [] if history is None else [history.lengths, history.pads, history.coded]
-        facts = {
-            "spec": digest(self.spec.to_json()),
-            "model": digest(f"{config.model_type} {self.layers} {config._attn_implementation} {key.dtype}"),
-            "rows and tokens held": digest(str(held)),
-            "rows and tokens of the chunk": digest(str(tuple(key.shape))),
-        }
-        self.group.agree(facts, key)
 
 
 class CompressedLayer(CacheLayerMixin):

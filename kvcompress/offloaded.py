@@ -148,8 +148,15 @@ class OffloadedPool(PagePool):
             fetch = coming
         following = None if self._next is None else self._next()
         if following is not None and following._first is not None:
-            following._ahead = following._fetch(following._first, following.device)
+            following._read_ahead(following._first)
         yield fetch.result()
+
+    def _read_ahead(self, first: Tensor) -> None:
+        """Begin to bring a group here before it is asked for; what was brought for another pool that way is let go."""
+        waiting = None if self.offload.ahead is None else self.offload.ahead()
+        if waiting is not None:
+            waiting._ahead = None
+        self.offload.ahead, self._ahead = weakref.ref(self), self._fetch(first, self.device)
 
     def collect(self, table: Tensor) -> None:
         used, alive = self._sweep(table, len(self.places))

@@ -11,6 +11,7 @@ file itself holds once came from.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -212,8 +213,12 @@ def _opened(path: str | Path, prefix: str = "") -> tuple[dict[str, Tensor], dict
         with safe_open(str(path), framework="pt") as file:
             names = [name for name in file.keys() if name.startswith(prefix)]  # noqa: SIM118  (it is no dict)
             return {name: file.get_tensor(name) for name in names}, file.metadata() or {}
-    except (SafetensorError, AttributeError, RuntimeError) as error:  # also dtypes that torch does not have
+    except SafetensorError as error:
         raise DamagedError(f"{str(path)!r} is no safetensors file, or is cut short: {error}") from error
+    except MemoryError as error:  # says nothing of the file, which is to be kept
+        raise OSError(errno.ENOMEM, f"{str(path)!r} cannot be mapped into memory: {error}") from error
+    except (AttributeError, RuntimeError) as error:  # dtypes that torch does not have, or again no memory to map it
+        raise ValueError(f"{str(path)!r} cannot be read: {error}") from error
 
 
 def _header_bytes(path: str | Path) -> int:

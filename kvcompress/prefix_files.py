@@ -6,7 +6,8 @@
     .*.tmp, .*.part     entries being written; older than STALE they are some dead process's, and removed
 
 There is no index to be torn: what entries there are is what the folder lists, and each says itself what it is. An entry
-is whole or not there; what is damaged all the same (a checksum does not fit) is removed, what is another's is left.
+is whole or not there; what is damaged all the same (a checksum does not fit) is removed, what is another's is left. A
+folder that somebody removes is an empty one, which the next entry makes again.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import re
 import secrets
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 from filelock import FileLock
@@ -65,8 +67,12 @@ class PrefixFiles:
                 self._ask(file, inode)
 
     def _files(self) -> Iterator[os.DirEntry[str]]:
-        """Plain files that are no hidden ones."""
-        with os.scandir(self.folder) as entries:
+        """Plain files that are no hidden ones; none where the folder is gone."""
+        try:
+            entries = os.scandir(self.folder)
+        except FileNotFoundError:
+            return
+        with entries:
             yield from (e for e in entries if not e.name.startswith(".") and e.is_file(follow_symlinks=False))
 
     def _ask(self, file: str, inode: int) -> None:
@@ -90,7 +96,9 @@ class PrefixFiles:
         try:
             inode = path.stat().st_ino
             cache = CompressedCache.load(path, config, "cpu")
-            prompt, _ = _read(path)
+            prompt, cut = _read(path)
+            if Cut.of(cache) != cut:
+                raise ValueError(f"{str(path)!r} does not hold a cache of the prompt that it says it is of")
         except (OSError, ValueError) as error:
             self.index.remove(name)
             if isinstance(error, DamagedError):
@@ -101,18 +109,17 @@ class PrefixFiles:
         return cache, prompt
 
     def touch(self, name: str) -> None:
-        """An entry was used just now."""
-        try:
+        """An entry was used just now, as far as that can be written down: it only decides what is evicted first."""
+        with suppress(OSError):  # held in memory and no longer here, another user's, on a file system to be read only
             os.utime(self.folder / (name + SUFFIX))
-        except FileNotFoundError:
-            return  # it is held in memory and no longer here
 
     def put(self, name: str, cache: CompressedCache, prompt: Prefix, cut: Cut) -> None:
         """Write an entry, and evict others to keep the budget. Raises OSError or SafetensorError where it cannot be."""
         path = self.folder / (name + SUFFIX)
-        if path.exists():
+        if self._usable(path):
             self.touch(name)
             return
+        self.folder.mkdir(parents=True, exist_ok=True)
         self._drop_unfinished()
         staged = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
         try:
@@ -126,11 +133,21 @@ class PrefixFiles:
                 )  # fmt: skip
                 return
             with self._lock:
+                if self._usable(path):  # another process was faster: no other entry has to go
+                    self.touch(name)
+                    return
                 self._evict(size)
                 os.replace(staged, path)
             persist.sync_folder(self.folder)
         finally:
             staged.unlink(missing_ok=True)
+
+    def _usable(self, path: Path) -> bool:
+        """Whether an entry is there, and none that this process has to ignore."""
+        try:
+            return self._ignored.get(path.name) != path.stat().st_ino
+        except FileNotFoundError:
+            return False
 
     def sizes(self) -> dict[str, int]:
         """Bytes of the files that count against the budget, by name: all that are ours, of any version or model."""
@@ -168,12 +185,15 @@ class PrefixFiles:
                 continue  # finished or removed meanwhile
 
     def _drop_damaged(self, path: Path, inode: int, error: Exception) -> None:
-        """Remove a file that was damaged, unless another has come to its place."""
-        with self._lock:
-            if path.exists() and path.stat().st_ino == inode:
-                path.unlink()
-                self.damaged += 1
-                logger.warning("removed from the prefix store: %s", error)
+        """Remove a file that was damaged, unless another has come to its place; one that must not be is ignored."""
+        try:
+            with self._lock:
+                if path.exists() and path.stat().st_ino == inode:
+                    path.unlink()
+                    self.damaged += 1
+                    logger.warning("removed from the prefix store: %s", error)
+        except OSError:
+            self._ignore(path.name, inode, error)
 
     def _ignore(self, file: str, inode: int, error: Exception) -> None:
         self._ignored[file] = inode

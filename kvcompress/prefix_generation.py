@@ -51,6 +51,8 @@ class Search:
         reason = _refusal(ids, generation_config, model_kwargs)
         if len(set(getattr(model, "hf_device_map", {}).values())) > 1:
             reason = "a model whose layers lie on several devices"
+        if (getattr(model, "tp_size", None) or 1) > 1:  # ranks that found different lengths would wait for ever
+            reason = "a model whose weights are shared out to ranks"
         if reason is not None:
             self.store.pass_over(reason)
             return

@@ -29,6 +29,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kvcompress import persist
 from kvcompress.cache import CompressedCache
 from kvcompress.layer import CompressedLayer
 from kvcompress.spec import CacheSpec
@@ -80,12 +81,13 @@ def _chained(last: bytes, ids: Tensor) -> bytes:
 def key_of(model: str, spec: CacheSpec) -> str:
     """What prompts have to agree in: a model's fingerprint and a spec, with the hash of a basis file for its name.
 
-    Raises OSError where the spec names a basis file that is not there.
+    And the version of saved caches, so that one never stands in another's place. Raises OSError where the spec names a
+    basis file that is not there.
     """
     if spec.basis not in ("prompt", "shared"):
         path = Path(spec.basis)
         spec = replace(spec, basis=f"{_digest(path, path.stat().st_mtime_ns)}.safetensors")
-    return json.dumps([model, spec.to_json()])
+    return json.dumps([persist.VERSION, model, spec.to_json()])
 
 
 @lru_cache(maxsize=64)

@@ -21,7 +21,6 @@ from threading import RLock
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 from transformers import PreTrainedConfig
 
@@ -56,7 +55,7 @@ class PrefixStore:
 
     folder: where entries are kept on disk, None: nowhere. disk_budget, memory_budget: bytes, or strings such as
     "20GiB"; what an entry in memory shares with others, or with a cache in use, is counted for each. min_tokens: of an
-    entry at least, beyond what was found, and of a hit.
+    entry at least, beyond what was found, and of a hit; an entry has a page's tokens too, which it is found by.
     """
 
     def __init__(
@@ -116,13 +115,14 @@ class PrefixStore:
         """Keep what a cache holds of a prompt [N] or [1, N], all of it and nothing else; the cache may go on.
 
         found: its first tokens that came from the store. Returns whether it is kept: not where it has fewer than
-        `min_tokens` tokens beyond `found`, several rows, padding, or was cropped, which is counted. To disk it is
-        written in the background (`flush` waits). Raises ValueError where cache and prompt are of different lengths.
+        `min_tokens` tokens beyond `found`, or than a page, several rows, padding, or was cropped, which is counted. To
+        disk it is written in the background (`flush` waits). Raises ValueError where cache and prompt are of different
+        lengths.
         """
         prompt = Prefix.of(key_of(fingerprint, CacheSpec.parse(spec)), ids)
         if cache.get_seq_length() != len(prompt.ids):
             raise ValueError(f"the cache holds {cache.get_seq_length()} tokens, the prompt has {len(prompt.ids)}")
-        if len(prompt.ids) - found < self.min_tokens:
+        if len(prompt.ids) - found < self.min_tokens or not prompt.blocks:
             return False
         try:
             Cut.of(cache)
@@ -223,8 +223,8 @@ class PrefixStore:
     def _write(self, files: PrefixFiles, name: str, entry: _Entry) -> None:
         try:
             files.put(name, entry.cache, entry.prompt, entry.cut)
-        except (OSError, SafetensorError) as error:  # a full disk is no reason to stop
-            logger.warning("a prefix could not be written to %s: %s", files.folder, error)
+        except Exception as error:  # a full disk or memory: not the business of whoever puts the next one
+            logger.warning("a prefix could not be written to %s: %r", files.folder, error)
             with self._lock:
                 self._counts["failed"] += 1
 

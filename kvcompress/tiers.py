@@ -132,6 +132,7 @@ class Offload:
         self._reader = ThreadPoolExecutor(1, "kvcompress-offload")
         self._streams: dict[torch.device, torch.cuda.Stream] = {}
         self.latest: ref[OffloadedPool] | None = None  # whose pages were attended last
+        self.ahead: ref[OffloadedPool] | None = None  # some of whose pages were read before they are asked for
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Offload:
         return self
@@ -219,7 +220,10 @@ class Offload:
         while self._bytes["device"] + size > self.device_budget:
             self._bury()
             fullest = max(self._lanes.values(), key=lambda lane: lane.bytes)
-            serial, slab = next(iter(fullest.residents.items()))  # in the order of placing
+            oldest = next(iter(fullest.residents.items()), None)  # in the order of placing
+            if oldest is None:
+                continue  # the last of them has ended just now, by another thread or a collector
+            serial, slab = oldest
             assert slab.resident is not None
             self._store(slab, slab.resident, slab.resident.device)
             slab.resident = None

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 LONGEST = 2**31 - 1  # tokens: positions are int32 for the kernels
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 PAGES = 1024  # whose numbers are looked at at a time
+PLACES = "places"  # the part of a page that counts a vector's dimensions (kvcompress/codecs/kvquant.py)
 #: The fields of configs that bound the heads of a layer, and their width.
 HEADS = ("num_attention_heads", "num_key_value_heads", "num_global_key_value_heads")
 WIDTHS = ("head_dim", "global_head_dim", "v_head_dim", "kv_lora_rank", "qk_rope_head_dim")
@@ -97,10 +98,14 @@ def check_history(
 
 
 def check_numbers(history: History) -> None:
-    """The pages' scales and other numbers, which may be any but NaN and infinite ones."""
+    """The pages' scales and other numbers: any but NaN and infinite ones, and places within a vector."""
     for name, part in history.pool.parts():
+        side, *_, own = name.split(".")
         if part.is_floating_point() and not all(bool(torch.isfinite(x).all()) for x in part.split(PAGES)):
             raise ValueError(f"its pages hold NaN or infinite numbers: {name}")
+        width = history.recent[SIDES.index(side)].shape[3]
+        if own == PLACES and part.numel() and int(part.max()) >= width:  # a GPU would fail for the whole process
+            raise ValueError(f"its pages name dimension {int(part.max())} of vectors of {width}: {name}")
 
 
 def _stored(layer: CompressedLayer, history: History) -> tuple[Stored, Stored]:

@@ -31,8 +31,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.distributed import DistributedConfig
 
-import kvcompress
-from kvcompress import CacheSpec, CompressedCache
+from kvcompress import CacheSpec, CompressedCache, Offload, wrap
 from kvcompress.parallel import ContextGroup, Group
 from kvcompress.store import PAGE
 from tests.families import build, left_padded, prompt
@@ -197,7 +196,7 @@ def generation() -> None:
     ids = prompt(2, 300)
 
     def run(group: Group | None) -> list[Tensor]:
-        model = kvcompress.wrap(build("llama"), SPEC, prefill_chunk=128, group=group)
+        model = wrap(build("llama"), SPEC, prefill_chunk=128, group=group)
         found = []
         for how in ({}, {"num_beams": 3}, {"do_sample": True}):
             torch.manual_seed(0)
@@ -205,10 +204,34 @@ def generation() -> None:
         return found
 
     as_one_process(run)
-    model = kvcompress.wrap(build("llama"), SPEC, group=dist.group.WORLD)
+    model = wrap(build("llama"), SPEC, group=dist.group.WORLD)
     torch.manual_seed(rank())
     with pytest.raises(ValueError, match=r"tokens: rank .* give all ranks the same seed"):
         model.generate(ids, max_new_tokens=6, do_sample=True)
+
+
+@check
+def pages_beyond_the_device() -> None:
+    """A rank's own pages lie partly in its own file, or are none; one process keeps them all at hand."""
+    ids, size = prompt(2, LENGTH), 2 * 2 * 64 * (8 * 3 // 8 + 2)  # bytes of a page: two sides, two heads of 8
+
+    def run(group: Group | None) -> list[Tensor]:
+        model, offload = build("llama"), None if group is None else Offload(size)
+        short, cache = (CompressedCache(model.config, SPEC, group, offload) for _ in range(2))
+        found = read(model, short, ids[:, : 4 + 2 * PAGE])  # one page of every row, at rank 0
+        found += read(model, cache, ids)
+        cache.reorder_cache(torch.tensor([1, 0]))
+        cache.crop(-100)
+        found.append(feed(model, cache, prompt(2, 80)))
+        if offload is not None:
+            held = sum(int((layer.history.table.ids >= 0).sum()) for layer in cache.layers)
+            assert offload.bytes["device"] <= size
+            assert cache.memory().disk >= (held - 1) * size > 0
+            assert (short.memory().codes > 0) == (rank() == 0)
+        wrapped = wrap(model, SPEC, prefill_chunk=128, group=group, offload=offload)
+        return [*found, wrapped.generate(ids, max_new_tokens=4, num_beams=2).float()]
+
+    as_one_process(run)
 
 
 @check
@@ -251,7 +274,7 @@ def what_is_refused() -> None:
         cache.save("nowhere")
     with pytest.raises(TypeError, match=r"must be a torch\.distributed ProcessGroup that this process is in"):
         CompressedCache(model.config, SPEC, "nccl")
-    static = kvcompress.wrap(build("llama"), SPEC, static=True, group=dist.group.WORLD)
+    static = wrap(build("llama"), SPEC, static=True, group=dist.group.WORLD)
     out = static.generate(prompt(1, LENGTH), max_new_tokens=3, return_dict_in_generate=True)
     reason = "refused: static decoding: a context that 4 ranks hold together"
     assert reason in out.past_key_values.stats()

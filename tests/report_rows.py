@@ -8,8 +8,25 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from benchmarks import latency_rows, lmeval_rows, memory_rows, million_rows, retrieval_rows, rows, scaling_rows, static
+from benchmarks import (
+    latency_rows,
+    lmeval_rows,
+    memory_rows,
+    million_rows,
+    offload_rows,
+    parallel,
+    parallel_estimate,
+    parallel_rows,
+    prefix_rows,
+    retrieval_rows,
+    rows,
+    scaling_rows,
+    soak_rows,
+    static,
+    vllm_check,
+)
 from benchmarks.caches import UNCOMPRESSED, compressed, quantized
+from benchmarks.parallel_estimate import Estimate, Machine
 from benchmarks.report.quick import QuickRow
 from benchmarks.timing import Quartiles
 
@@ -68,7 +85,8 @@ def million(folder: Path, tokens: int = 1 << 20) -> Path:
         if each.spec is not None:
             row = replace(row, increase_by_bucket={name: (loss * (1 + i / 10), 0.02) for i, name in enumerate(base)})
         found.append(row)
-    found.append(replace(found[0], restart=16384, recall=None, recall_by_depth=None))
+    lost = dict.fromkeys(base, (2.0, 0.1))
+    found.append(replace(found[0], restart=16384, recall=None, recall_by_depth=None, increase_by_bucket=lost))
     found.append(million_rows.MillionRow("lowrank32+trellis4", {}, tokens, 0, None, "failed", FAILED))
     settings = {"model": None, "text": "book.txt", "chunk": 4096, "facts": 64}
     return write(folder / "million" / "results.jsonl", "million", found, settings=settings)
@@ -162,6 +180,74 @@ def scaling(folder: Path) -> Path:
     return write(folder / "scaling" / "results.jsonl", "scaling", found, settings={"model": None}, options=options)
 
 
+def prefix(folder: Path) -> Path:
+    found = []
+    for each in (UNCOMPRESSED, compressed("trellis3"), compressed("prerope+spectral3")):
+        for context in (1024, 4096):
+            row = replace(prefix_rows.empty_row(each, context, 0), uncompressed_bytes=8000)
+            seconds = {"without": [4.0], "memory": [0.5], "disk": [0.8]} if each.spec else {"without": [2.0]}
+            if each.spec:
+                row = replace(row, tokens_reused=836, disk_cold=True, same_first_token=1.0, memory_bytes=2000)
+                row = replace(row, disk_bytes=2000)
+            found.append(row.timed(seconds))
+    found.append(replace(found[2], cache="kivi2", status="failed", reason=FAILED))
+    return write(folder / "prefix" / "results.jsonl", "prefix", found, settings={"model": None, "question": 64})
+
+
+def offload(folder: Path) -> Path:
+    found = []
+    for cache in ("trellis3", "prerope+spectral3"):
+        for context in (4096, 16384):
+            for budget, ratio, away in ((offload_rows.RESIDENT, 1.0, 0), ("50%", 1.25, 1 << 19), ("0%", 1.5, 1 << 20)):
+                row = offload_rows.Row(cache, context, budget, 0, "kvcompress", {})
+                row = row.timed([0.1 * ratio, 0.2 * ratio, 0.3 * ratio], [0.1, 0.2, 0.3])
+                row = replace(row, device_bytes=(1 << 21) - away, host_bytes=0, disk_bytes=away)
+                found.append(replace(row, same_logits=None if budget == offload_rows.RESIDENT else True))
+    found.append(replace(found[0], cache="kivi2", status="out of memory", reason=FAILED, step_ratio=None))
+    return write(folder / "offload" / "results.jsonl", "offload", found, settings={"model": None, "steps": 20})
+
+
+def shared_out(folder: Path) -> Path:
+    """Rows of `parallel`, and what it calculates."""
+    found = []
+    for ranks in (1, 2, 4):
+        row = parallel_rows.empty_row(compressed("prerope+spectral3"), ranks)
+        row = replace(row, backend="gloo", tokens=4100, page_bytes=[1200 // ranks] * ranks, held_bytes=[2000] * ranks)
+        row = replace(row, prefill_payload=10_000, step_payload=10_440, step_collectives=6, difference=2e-7)
+        found.append(row)
+    found.append(replace(found[0], cache="kivi2", status="failed", reason=FAILED, page_bytes=None))
+    written = write(folder / "parallel" / "results.jsonl", "parallel", found, options=parallel.Settings().options())
+    ten, spec = 10_000_000, "prerope+spectral3"
+    estimates = [
+        Estimate(
+            "Llama-3.1-8B", spec, ten, 4096, Machine(gpus), weights=1 << 34, pages=(1 << 37) // gpus, tables=1, exact=1,
+            learned=1, activations=1 << 30, step_payload=10_440, step_sent=18_000, step_link_seconds=1e-3,
+            step_read_seconds=2e-2, chunk_payload=1 << 25, chunk_sent=1 << 26, chunk_link_seconds=1e-2,
+        )
+        for gpus in (1, 8)
+    ]  # fmt: skip
+    parallel_estimate.write(written.with_name("estimate.json"), estimates)
+    return written
+
+
+def soak(folder: Path) -> Path:
+    counts = dict.fromkeys(soak_rows.COUNTS, 40)
+    row = soak_rows.Row(
+        spec="trellis3", seconds=600.0, samples=600, requests={"chat": 30, "stream": 10}, client=counts, server=counts,
+        lost=0, prefix_hits=12, rss_mean=2.0**30, rss_slope=1024.0, rss_low=-2048.0, rss_high=4096.0, cache_peak=1e6,
+        cache_slope=0.0, cache_low=-1.0, cache_high=1.0, cache_at_end=0.0,
+    )  # fmt: skip
+    settings = {"minutes": 10, "model": None, "spec": "trellis3", "clients": 3, "lines": 25, "limit": 2400, "every": 1}
+    return write(folder / "soak" / "results.jsonl", "soak", [row], settings={**settings, "settling": 0.2, "seed": 0})
+
+
+def served(folder: Path) -> Path:
+    """Rows of vllm_check."""
+    plain = vllm_check.ServerRow(vllm_check.OWN, 13056, 1.0, 1.0, 1.0, 1.0, 2304, 0.0, 0.0)
+    coded = replace(plain, cache="trellis3", capacity=130560, capacity_ratio=10.0, greedy_share=0.5, top_share=0.95)
+    return write(folder / "vllm" / "results.jsonl", "vllm", [plain, coded], settings={"new": 24}, vllm="0.32.0")
+
+
 def gpu(folder: Path) -> Path:
     def row(section: str, name: str, **more: Any) -> dict[str, Any]:
         return {
@@ -202,6 +288,9 @@ def compiled(folder: Path) -> Path:
 
 def everything(folder: Path) -> Path:
     """All of them in a folder."""
-    for make in (quality, million, memory, retrieval, latency, lmeval, quick, gpu, compiled, scaling):
+    for make in (
+        quality, million, memory, retrieval, latency, lmeval, quick, gpu, compiled, scaling, prefix, offload,
+        shared_out, soak, served,
+    ):  # fmt: skip
         make(folder)
     return folder

@@ -1,4 +1,4 @@
-"""A server's blocks of codes (kvcompress/vllm/{blocks,rows,attention,settings}.py) against dense attention; no vLLM.
+"""A server's blocks of codes (kvcompress/paged, kvcompress/vllm/settings.py) against dense attention; no vLLM.
 
 What needs the kernels runs in a process of its own under Triton's interpreter, as in tests/test_kernels_dense.py.
 """
@@ -20,14 +20,15 @@ from torch import Tensor
 from kvcompress import backends
 from kvcompress.basis import Basis, save
 from kvcompress.codecs import Geometry
+from kvcompress.paged import codecs
+from kvcompress.paged.attention import BlockAttention
+from kvcompress.paged.blocks import BlockHistory, BlockLayout, BlockTable
+from kvcompress.paged.rows import Step
 from kvcompress.records import TokenCodec
 from kvcompress.reference import Mask, Scores
 from kvcompress.spec import CacheSpec, LayerSpec
 from kvcompress.store import PAGE
 from kvcompress.vllm import register, settings
-from kvcompress.vllm.attention import BlockAttention
-from kvcompress.vllm.blocks import BlockHistory, BlockLayout, BlockTable
-from kvcompress.vllm.rows import Step
 
 ROOT = Path(__file__).resolve().parents[1]
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -180,6 +181,16 @@ def test_steps_of_a_server(name: str) -> None:
         done = [b for *_, b in spans]
 
 
+def test_requests_of_about_one_length_decode_together() -> None:
+    """Where every row costs as much as the longest, rows of a group differ in pages by less than a factor of two."""
+    lengths = (41, 65, 129, 300, 500, 4000)  # 1, 1, 2, 5, 8 and 63 pages before the new token
+    starts = tuple(range(len(lengths) + 1))
+    ids = torch.zeros(len(lengths), 63, dtype=torch.int32)
+    groups = [rows.tokens.tolist() for rows in Step(ids, starts, lengths, alike=True).rows]
+    assert groups == [[0, 1], [2], [3], [4], [5]]
+    assert [rows.tokens.tolist() for rows in Step(ids, starts, lengths).rows] == [[0, 1, 2, 3, 4, 5]]
+
+
 def test_windows_leave_blocks_out() -> None:
     """A window of 70 at 640 tokens reads two blocks of ten; those that vLLM has taken back may hold anything."""
     step = Step(torch.arange(1, 11, dtype=torch.int32).unsqueeze(0), (0, 1), (641,))
@@ -203,7 +214,7 @@ class TestSettings:
 
     def test_default(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv(settings.VARIABLE, "default")
-        assert settings.chosen() == CacheSpec.parse(settings.DEFAULT)
+        assert settings.chosen() == CacheSpec.parse(codecs.DEFAULT)
 
     @pytest.mark.parametrize(
         ("text", "reason"),
@@ -226,16 +237,16 @@ class TestSettings:
         fits = [({"mean": means[2 * i]}, {"mean": means[2 * i + 1]}) for i in range(2)]
         save(path, {i: Basis(("trellis3", "trellis3"), fit) for i, fit in enumerate(fits)})
         spec = CacheSpec.parse(f"trellis3,basis={path}")
-        key, value = settings.codecs(spec, D, H, torch.float32, layer=1)
+        key, value = codecs.codecs(spec, D, H, torch.float32, layer=1)
         assert torch.equal(key.fit["mean"], means[2])
         assert torch.equal(value.fit["mean"], means[3])
-        assert torch.equal(settings.codecs(spec, D, H, torch.float32)[0].fit["mean"], means[0])
+        assert torch.equal(codecs.codecs(spec, D, H, torch.float32)[0].fit["mean"], means[0])
         with pytest.raises(ValueError, match="tensor parallelism goes without"):
-            settings.codecs(spec, D, 1, torch.float32, layer=1)
+            codecs.codecs(spec, D, 1, torch.float32, layer=1)
         with pytest.raises(ValueError, match="no basis of layer 5"):
-            settings.codecs(spec, D, H, torch.float32, layer=5)
+            codecs.codecs(spec, D, H, torch.float32, layer=5)
         with pytest.raises(ValueError, match="was learned by trellis3"):
-            settings.codecs(CacheSpec.parse(f"trellis4,basis={path}"), D, H, torch.float32, layer=1)
+            codecs.codecs(CacheSpec.parse(f"trellis4,basis={path}"), D, H, torch.float32, layer=1)
 
 
 class TestInterpreted:

@@ -19,9 +19,14 @@ from benchmarks.comparison import Comparison, compare
 from benchmarks.latency_rows import Row as LatencyRow
 from benchmarks.memory_rows import Row as MemoryRow
 from benchmarks.million_rows import MillionRow
+from benchmarks.offload_rows import Row as OffloadRow
+from benchmarks.parallel_rows import Row as ParallelRow
+from benchmarks.prefix_rows import Row as PrefixRow
 from benchmarks.results import Result
 from benchmarks.retrieval_rows import Row as RetrievalRow
 from benchmarks.rows import Row as QualityRow
+from benchmarks.soak_rows import Row as SoakRow
+from benchmarks.vllm_check import ServerRow
 
 RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
 
@@ -153,6 +158,22 @@ def test_buckets_are_compared_one_by_one_and_unknown_numbers_are_named(compared:
     assert found.remarks == ["not compared, for no one said which way is better: glow"]
 
 
+def test_a_slope_is_held_against_its_interval(compared: Any) -> None:
+    soak = {"benchmark": "soak", "spec": "trellis3", "lost": 0, "rss_slope": 0.0, "rss_low": -3e6, "rss_high": 3e6}
+    grown = {**soak, "rss_slope": 5e6, "rss_low": 2e6, "rss_high": 8e6}  # half ranges of 3 MB each: they meet
+    assert moved(compared([soak], [grown])) == ([], [])
+    sure = {**grown, "rss_low": 4.5e6, "rss_high": 5.5e6, "lost": 1}
+    assert moved(compared([soak], [sure])) == (["lost", "rss_slope"], [])
+
+
+def test_rows_are_told_apart_by_budget_and_ranks(compared: Any) -> None:
+    offload = {"benchmark": "offload", "cache": "trellis3", "context": 4096, "budget": "0%", "step_ratio": 1.5}
+    parallel = {"benchmark": "parallel", "cache": "trellis3", "ranks": 1, "page_bytes": [100], "difference": 0.0}
+    old = [offload, {**offload, "budget": "50%"}, parallel, {**parallel, "ranks": 2, "page_bytes": [50, 50]}]
+    new = [*old[:1], {**old[1], "step_ratio": 1.9}, *old[2:3], {**old[3], "page_bytes": [51, 50], "difference": 5e-7}]
+    assert moved(compared(old, new)) == (["step_ratio", "page_bytes[0]"], [])
+
+
 def test_static_rows_are_told_apart_by_their_variant(compared: Any) -> None:
     kernel = {"benchmark": "static", "kernel": "decode", "codec": "lloyd3", "arch": "sm_90", "head_dim": 128}
     first = {**kernel, "variant": 1, "registers": 128, "spills": 0, "over_budget": []}
@@ -163,10 +184,17 @@ def test_static_rows_are_told_apart_by_their_variant(compared: Any) -> None:
     assert moved(compared([first], [{**first, "registers": 136}])) == (["registers"], [])  # a whole eight more
 
 
-@pytest.mark.parametrize("kind", [Result, QualityRow, LatencyRow, MemoryRow, MillionRow, RetrievalRow])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        Result, QualityRow, LatencyRow, MemoryRow, MillionRow, RetrievalRow, PrefixRow, OffloadRow, ParallelRow,
+        SoakRow, ServerRow,
+    ],
+)  # fmt: skip
 def test_every_number_of_a_row_is_a_metric_or_known_not_to_be_one(kind: Any) -> None:
     named = {*measurements.IDENTITY, "cache", "spec", "seed"}
-    numbers = [each.name for each in fields(kind) if re.match(r"int|float", str(each.type)) and each.name not in named]
+    plain = re.compile(r"(list\[)?(int|float)\b")
+    numbers = [each.name for each in fields(kind) if plain.match(str(each.type)) and each.name not in named]
     assert numbers
     assert [name for name in numbers if not metrics.known(name)] == []
     assert [name for name in numbers if metrics.find(name) and metrics.NEUTRAL.fullmatch(name)] == []

@@ -136,7 +136,13 @@ def test_the_caches_take_turns_on_the_same_prompt(model: LlamaForCausalLM) -> No
 
 def test_quartiles() -> None:
     assert Quartiles.of([5.0]) == Quartiles(5.0, 5.0, 5.0)
-    assert Quartiles.of([1.0, 2.0, 3.0, 4.0, 5.0]) == Quartiles(2.0, 3.0, 4.0)
+    found = Quartiles.of([1.0, 2.0, 3.0, 4.0, 5.0])
+    assert found == Quartiles(2.0, 3.0, 4.0)
+    assert found.errors == (1.0, 1.0)
+    row = replace(empty_row(UNCOMPRESSED, 100, 4, 0), **found.fields("milliseconds_per_token", 1000))
+    assert Quartiles.held(row, "milliseconds_per_token", 0.001) == found
+    assert Quartiles.held(row, "time_to_first_token_seconds") is None
+    assert Quartiles(0.01234, 99.96, 1234.5).told() == "100 (0.0123 to 1,234)"
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="only Linux tells a process's peak")

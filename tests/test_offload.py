@@ -366,7 +366,11 @@ def test_wrapped_models_generate_alike(tmp_path: Path) -> None:
     """With beams, with a prefix store, and where static decoding was asked for, which is refused."""
     own = build("llama")
     ids = prompt(1, LENGTH)
-    calls: list[dict[str, Any]] = [{"max_new_tokens": 5}, {"max_new_tokens": 4, "num_beams": 3}]
+    calls: list[dict[str, Any]] = [
+        {"max_new_tokens": 5},
+        {"max_new_tokens": 4, "num_beams": 3},
+        {"max_new_tokens": 20, "prompt_lookup_num_tokens": 3},  # takes back what it had guessed wrongly
+    ]
 
     def texts(**options: Any) -> tuple[list[list[int]], CompressedCache]:
         wrap(own, SPEC, 128, **options)

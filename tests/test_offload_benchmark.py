@@ -21,7 +21,7 @@ def test_small_job(tmp_path: Path) -> None:
     ]
     for row in rows:
         assert (row.status, row.reason) == ("ok", None)
-        assert row.seconds_q1 <= row.seconds <= row.seconds_q3
+        assert row.step_seconds_q1 <= row.step_seconds <= row.step_seconds_q3
         assert (row.disk_bytes > 0) == (row.budget == "0%")
         assert row.host_bytes == 0
     for each in (rows[:3], rows[3:]):

@@ -1,78 +1,36 @@
-"""Prefixes that are stored: what goes on from them is what would be without; budgets hold; other files do no harm."""
+"""Prefixes that are stored: what goes on from them is what would be without, and budgets hold."""
 
 from __future__ import annotations
 
 import copy
-import logging
 import os
-from functools import lru_cache
 from pathlib import Path
-from threading import Thread
 
 import pytest
 import torch
-from torch import Tensor
-from transformers import PreTrainedModel
 
-from kvcompress import CacheSpec, CompressedCache, basis, unwrap, wrap
+from kvcompress import CacheSpec, CompressedCache, basis
 from kvcompress.fingerprint import fingerprint
 from kvcompress.prefix_index import Cut, Prefix, key_of
 from kvcompress.prefixes import PrefixStore
-from tests.families import build, left_padded, prompt
-
-TRELLIS = CacheSpec("trellis3", "lloyd2", sinks=4, window=32)
-EXACT = CacheSpec("exact", "exact", sinks=4, window=32)
-LENGTH, MORE, NEW = 500, 60, 6  # tokens: of an entry, of what follows it, of what is generated
-LEAST = 100  # min_tokens
-#: Of logits of size one: products of other shapes round otherwise, in float32, and two layers make more of it.
-ROUNDING = 1e-4
-
-model = lru_cache(None)(build)  # tests only read them
-
-
-@torch.no_grad()
-def feed(own: PreTrainedModel, cache: object, ids: Tensor) -> Tensor:
-    return own(ids, past_key_values=cache, use_cache=True).logits
-
-
-def filled(own: PreTrainedModel, ids: Tensor, spec: CacheSpec = TRELLIS) -> CompressedCache:
-    cache = CompressedCache(own.config, spec)
-    feed(own, cache, ids)
-    return cache
-
-
-def memory_only(**options: object) -> PrefixStore:
-    return PrefixStore(**{"min_tokens": LEAST} | options)
-
-
-def on_disk(folder: Path, **options: object) -> PrefixStore:
-    """A store that finds on disk only."""
-    return PrefixStore(folder, **{"min_tokens": LEAST, "memory_budget": 0} | options)
-
-
-def put(store: PrefixStore, own: PreTrainedModel, ids: Tensor, spec: CacheSpec = TRELLIS) -> CompressedCache:
-    cache = filled(own, ids, spec)
-    assert store.put(fingerprint(own), spec, ids, cache)
-    store.flush()
-    return cache
-
-
-def look_up(
-    store: PrefixStore, own: PreTrainedModel, ids: Tensor, spec: CacheSpec = TRELLIS
-) -> tuple[CompressedCache | None, int]:
-    return store.lookup(fingerprint(own), spec, ids, own.config)
-
-
-def leaving(ids: Tensor, shared: int, tokens: int) -> Tensor:
-    """The first `shared` tokens of ids [1, N], and `tokens` that go on otherwise."""
-    rest = prompt(1, tokens, seed=1)
-    rest[0, 0] = ids[0, shared] % 100 + 3
-    return torch.cat([ids[:, :shared], rest], dim=1)
-
-
-def files(folder: Path) -> list[Path]:
-    return sorted(folder.glob("*.kvprefix"))
-
+from tests.families import build, coded_pages, prompt
+from tests.prefix_stores import (
+    EXACT,
+    LEAST,
+    LENGTH,
+    MORE,
+    ROUNDING,
+    TRELLIS,
+    feed,
+    files,
+    filled,
+    leaving,
+    look_up,
+    memory_only,
+    model,
+    on_disk,
+    put,
+)
 
 # --- what is found goes on as it would without the store
 
@@ -134,6 +92,23 @@ def test_a_prompt_that_leaves_the_entrys_text(shared: int, spec: CacheSpec):
     assert all(h.held == o.held for h, o in zip(*[[x.history for x in c.layers] for c in (found, alone)], strict=True))
 
 
+@pytest.mark.parametrize("codec", ["kvquant3", "kvarn3", "trellis3/lloyd2", "prerope+lloyd3", "fp8"])
+def test_every_kind_of_codec(codec: str, tmp_path: Path):
+    """From disk, bit for bit: all of an entry's logits, and of one that is cut the pages of the first layer."""
+    own, ids, store = model("llama", head_dim=16), prompt(1, LENGTH), on_disk(tmp_path)
+    spec = CacheSpec(codec, codec, sinks=4, window=32)
+    cache, more = put(store, own, ids, spec), prompt(1, MORE, seed=1)
+    assert sum(cache.layers[0].history.coded) > 0
+    found, tokens = look_up(store, own, torch.cat([ids, more], dim=1), spec)
+    assert tokens == LENGTH
+    assert torch.equal(feed(own, found, more), feed(own, cache, more))
+    ids = leaving(ids, 400, MORE)
+    found, tokens = look_up(store, own, ids, spec)
+    feed(own, found, ids[:, tokens:])
+    pages = [coded_pages(x, layer=0, row=0) for x in (found, filled(own, ids, spec))]
+    assert all(torch.equal(pages[0][name], part) for name, part in pages[1].items())
+
+
 def test_where_only_exact_tokens_go_nothing_changes():
     """A cache of 500 tokens has 7 pages, and so has one of 484: 4 + 32 + 7 x 64 = 484."""
     own, ids, store = model("llama"), prompt(1, LENGTH), memory_only()
@@ -170,6 +145,14 @@ def test_before_the_fit_all_is_exact():
     logits = [feed(own, cache, other[:, 90:]) for cache in (found, alone)]
     torch.testing.assert_close(*logits, rtol=0, atol=ROUNDING)
     assert found.layers[0].history.coded == alone.layers[0].history.coded != [0]
+
+
+def test_an_entry_has_a_page_at_least():
+    """It is found by the hashes of whole pages of tokens."""
+    own, store, ids = model("llama"), memory_only(min_tokens=1), prompt(1, 64)
+    assert not store.put("m", EXACT, ids[:, :63], filled(own, ids[:, :63], EXACT))
+    assert store.put("m", EXACT, ids, filled(own, ids, EXACT))
+    assert store.lookup("m", EXACT, torch.cat([ids, ids], dim=1), own.config)[1] == 64
 
 
 @pytest.mark.parametrize("family", ["gemma3", "falcon_h1"])
@@ -311,235 +294,6 @@ def test_a_hit_on_disk_comes_into_memory(tmp_path: Path):
     for _ in range(3):
         look_up(store, own, ids)
     assert (store.stats()["hits: disk"], store.stats()["hits: memory"]) == (1, 2)
-
-
-# --- files that are not as they should be
-
-
-@pytest.fixture
-def stored(tmp_path: Path) -> tuple[PrefixStore, Path]:
-    store = on_disk(tmp_path)
-    put(store, model("llama"), prompt(1, LENGTH))
-    return on_disk(tmp_path), files(tmp_path)[0]
-
-
-def missed(store: PrefixStore) -> bool:
-    ids = torch.cat([prompt(1, LENGTH), prompt(1, 10)], dim=1)
-    return look_up(store, model("llama"), ids) == (None, 0)
-
-
-@pytest.mark.parametrize("known", [False, True], ids=["new", "listed"])
-def test_damaged_files_are_removed(stored: tuple[PrefixStore, Path], known: bool, caplog: pytest.LogCaptureFixture):
-    store, file = stored
-    if known:
-        assert not missed(store)
-    whole = bytearray(file.read_bytes())
-    whole[-7] ^= 4
-    file.write_bytes(whole)
-    with caplog.at_level(logging.WARNING):
-        assert missed(store)
-    assert not file.exists()
-    assert store.stats()["damaged"] == 1
-    assert "removed from the prefix store" in caplog.text
-    assert "has another checksum than it says" in caplog.text
-
-
-@pytest.mark.parametrize("size", [0, 7, 300, 20000])
-def test_torn_files_are_removed(stored: tuple[PrefixStore, Path], size: int):
-    store, file = stored
-    file.write_bytes(file.read_bytes()[:size])
-    assert missed(store)
-    assert not file.exists()
-    assert store.stats()["damaged"] == 1
-
-
-def test_files_of_others_are_left(stored: tuple[PrefixStore, Path], monkeypatch: pytest.MonkeyPatch, caplog):
-    """Foreign ones, renamed ones, ones of another version, links and folders."""
-    store, file = stored
-    foreign = file.with_name("notes.txt")
-    foreign.write_text("not ours")
-    renamed = file.with_name("0" * 64 + ".kvprefix")
-    renamed.write_bytes(file.read_bytes())
-    file.with_name("1" * 64 + ".kvprefix").symlink_to(file)
-    file.with_name("2" * 64 + ".kvprefix").mkdir()
-    monkeypatch.setattr("kvcompress.persist.VERSION", "5")
-    with caplog.at_level(logging.WARNING):
-        assert missed(store)
-        assert missed(store)
-    assert len(list(file.parent.iterdir())) == 6
-    monkeypatch.undo()
-    fresh = on_disk(file.parent)
-    with caplog.at_level(logging.WARNING):
-        assert not missed(fresh)
-    assert len(list(file.parent.iterdir())) == 6
-    assert fresh.stats()["damaged"] == store.stats()["damaged"] == 0
-    assert [caplog.text.count(said) for said in ("is no stored prefix", "of version '4', this", "its name stands")] == [
-        2,
-        2,
-        1,
-    ]
-
-
-def test_a_file_that_vanishes_is_a_miss(stored: tuple[PrefixStore, Path], monkeypatch: pytest.MonkeyPatch):
-    """Between the look-up and the load, by another process's eviction."""
-    store, file = stored
-    monkeypatch.setattr(store._files, "touch", lambda name: file.unlink())
-    assert missed(store)
-    assert store.stats()["damaged"] == 0
-
-
-def test_unfinished_files_of_dead_processes_go_after_a_while(stored: tuple[PrefixStore, Path]):
-    _, file = stored
-    old, new = (file.with_name(f".{file.name}.{age}.part") for age in ("old", "new"))
-    own = file.with_name(".profile.tmp")
-    for each in (old, new, own):
-        each.write_text("half an entry")
-    os.utime(old, (1000, 1000))
-    os.utime(own, (1000, 1000))
-    on_disk(file.parent)
-    assert (old.exists(), new.exists(), own.exists(), file.exists()) == (False, True, True, True)
-
-
-def test_a_full_disk_is_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    def full(*_: object) -> None:
-        raise OSError("no space left on device")
-
-    store = PrefixStore(tmp_path, min_tokens=LEAST)
-    monkeypatch.setattr("kvcompress.persist.save_file", full)
-    put(store, model("llama"), prompt(1, LENGTH))
-    assert store.stats()["failed"] == 1
-    assert files(tmp_path) == []
-
-
-def test_threads(tmp_path: Path):
-    """Four threads that put and look up at once: every hit is right, and nobody raises."""
-    own, store = model("llama"), PrefixStore(tmp_path, min_tokens=LEAST, memory_budget="300kB")
-    texts = [prompt(1, LENGTH, seed=seed) for seed in range(4)]
-    tail, expected = prompt(1, 5, seed=9), {}
-    caches = [filled(own, ids) for ids in texts]
-    for seed, ids in enumerate(texts):
-        expected[seed] = feed(own, filled(own, ids), tail)
-    wrong: list[object] = []
-
-    def work(seed: int) -> None:
-        try:
-            for turn in range(4):
-                at = (seed + turn) % 4
-                store.put("m", TRELLIS, texts[at], caches[at].fork())
-                cache, tokens = store.lookup("m", TRELLIS, torch.cat([texts[at], tail], dim=1), own.config)
-                if cache is not None and not (tokens == LENGTH and torch.equal(feed(own, cache, tail), expected[at])):
-                    wrong.append((seed, turn, tokens))
-        except Exception as error:
-            wrong.append(error)
-
-    threads = [Thread(target=work, args=(seed,)) for seed in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert wrong == []
-    store.flush()
-    assert len(files(tmp_path)) == 4
-
-
-# --- generate
-
-
-@pytest.fixture
-def wrapped() -> tuple[PreTrainedModel, PrefixStore]:
-    store = memory_only()
-    return wrap(build("llama"), TRELLIS, prefix_store=store), store
-
-
-def generate(own: PreTrainedModel, ids: Tensor, **options: object) -> Tensor:
-    torch.manual_seed(3)
-    given = {"attention_mask": torch.ones_like(ids), "max_new_tokens": NEW, "do_sample": False} | options
-    return own.generate(ids, **given)
-
-
-@pytest.mark.parametrize("options", [{}, {"do_sample": True, "top_k": 20}, {"prefill_chunk_size": 33}], ids=str)
-def test_generate_goes_on_from_what_is_stored(wrapped: tuple[PreTrainedModel, PrefixStore], options: dict[str, object]):
-    """The tokens of a second turn are those of the first turn's cache, and again when they are all asked for anew."""
-    own, store = wrapped
-    ids = prompt(1, LENGTH)
-    cache = CompressedCache(own.config, TRELLIS)
-    generate(own, ids, past_key_values=cache)
-    generate(own, ids)
-    cache.crop(-(NEW - 1))  # as after the prompt: pages are of the prompt alone
-    turn = torch.cat([ids, prompt(1, 150, seed=1)], dim=1)
-    expected = generate(own, turn, past_key_values=cache, **options)
-    assert torch.equal(generate(own, turn, **options), expected)
-    stats = store.stats()
-    assert (stats["hits"], stats["misses"], stats["tokens reused"]) == (1, 1, LENGTH)
-    assert stats["entries: memory"] == 2  # the second adds 150 tokens
-    assert stats["passed over: a cache of the call's own, or none"] == 2
-    for _ in range(2):
-        generate(own, turn, **options)
-    assert store.stats()["hits"] == 3
-    assert store.stats()["entries: memory"] == 2
-
-
-def test_the_same_prompt_again(wrapped: tuple[PreTrainedModel, PrefixStore]):
-    """With exact codes the tokens are the same, whatever is read again."""
-    own, store = wrapped
-    wrap(own, EXACT, prefix_store=store)
-    ids = prompt(1, LENGTH)
-    first = generate(own, ids)
-    assert torch.equal(generate(own, ids), first)
-    assert store.stats()["tokens reused"] == 484 + 15  # 499 tokens keep 7 pages: only the last token is read
-
-
-PASSED = {
-    "padding": ({"pad": True}, "padding, or a mask that hides tokens"),
-    "rows": ({"rows": 2}, "several rows"),
-    "beams": ({"num_beams": 2}, "generation by beam_search"),
-    "returns": ({"num_return_sequences": 2, "do_sample": True}, "several rows"),
-    "lookup": ({"prompt_lookup_num_tokens": 2}, "generation by assisted_generation"),
-    "no cache": ({"use_cache": False}, "a cache of the call's own, or none"),
-    "positions": ({"position_ids": True}, "positions of the call's own"),
-}
-
-
-@pytest.mark.parametrize("case", PASSED)
-def test_what_generate_passes_over(wrapped: tuple[PreTrainedModel, PrefixStore], case: str):
-    """The tokens are those without a store, which counts why."""
-    own, store = wrapped
-    options, reason = PASSED[case]
-    rows = options.pop("rows", 1)
-    ids = prompt(rows, LENGTH)
-    if options.pop("pad", False):
-        ids, options["attention_mask"] = (x[:1] for x in left_padded([ids[0, :480], ids[0]]))
-    if options.pop("position_ids", False):
-        options["position_ids"] = torch.arange(LENGTH).unsqueeze(0) + 5
-    for _ in range(2):
-        found = generate(own, ids, **options)
-    stats = store.stats()
-    assert stats[f"passed over: {reason}"] == 2
-    assert (stats["hits"], stats["misses"], stats["entries: memory"]) == (0, 0, 0)
-    wrap(own, TRELLIS)
-    assert torch.equal(generate(own, ids, **options), found)
-
-
-def test_a_model_on_several_devices_is_passed_over(wrapped: tuple[PreTrainedModel, PrefixStore]):
-    own, store = wrapped
-    own.hf_device_map = {"model.layers.0": "cpu", "model.layers.1": "meta"}
-    generate(own, prompt(1, LENGTH))
-    assert store.stats()["passed over: a model whose layers lie on several devices"] == 1
-    assert store.stats()["entries: memory"] == 0
-
-
-def test_a_group_and_a_store_exclude_each_other():
-    with pytest.raises(ValueError, match="those of a group are dealt out to ranks: give one"):
-        wrap(build("llama"), TRELLIS, group=object(), prefix_store=memory_only())
-
-
-def test_a_wrapped_models_copy_uses_the_same_store(wrapped: tuple[PreTrainedModel, PrefixStore]):
-    own, store = wrapped
-    generate(own, prompt(1, LENGTH))
-    twin = wrap(unwrap(copy.deepcopy(own)), TRELLIS, prefix_store=store)
-    generate(twin, torch.cat([prompt(1, LENGTH), prompt(1, 5)], dim=1))
-    assert store.stats()["hits"] == 1
-    assert copy.deepcopy(store) is store
 
 
 def test_cut_of_a_cache():

@@ -23,7 +23,7 @@ from benchmarks.soak_server import TEMPLATE, Server, save_embedded
 from benchmarks.soak_slope import Slope
 from kvcompress import CacheSpec, cli, models
 from kvcompress.serving import budget, requirements
-from kvcompress.serving.generating import quoted
+from kvcompress.serving.refusal import quoted
 from kvcompress.serving.settings import Settings
 from tests.families import build
 

@@ -17,8 +17,8 @@ bytes, bits and losses should come out alike elsewhere."""
 
 #: Options that can be switched on and not off.
 SWITCHES = {"load_in_4bit"}
-#: What rows depend on that is no option.
-NO_OPTIONS = {"spectra"}
+#: What rows depend on that is no option, by benchmark.
+NO_OPTIONS = {"memory": {"spectra"}, "soak": {"lines", "limit", "settling"}}
 #: What makes rows that do not say their settings.
 BARE = {
     "gpu": "python -m benchmarks gpu",
@@ -85,14 +85,15 @@ def command_of(source: Source, line: Mapping[str, Any]) -> list[str]:
     options = line.get("options") or line.get("settings") or {}
     words = ["python", "-m", "benchmarks", source.benchmark]
     for name, value in options.items():
-        words += _option(name, value)
+        if name not in NO_OPTIONS.get(source.benchmark, ()):
+            words += _option(name, value)
     return [shlex.join(words)]
 
 
 def _option(name: str, value: Any) -> list[str]:
     """The words of an option; none where its value is what it is without."""
     flag = name.replace("_", "-")
-    if value is None or name in NO_OPTIONS or (value is False and name in SWITCHES):
+    if value is None or (value is False and name in SWITCHES):
         return []
     if isinstance(value, bool):
         return [f"--{flag}" if value else f"--no-{flag}"]

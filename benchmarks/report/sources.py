@@ -6,13 +6,24 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from benchmarks import guard, measurements
 from benchmarks.log import LoggedRow, readable
+from kvcompress.spec import DEFAULT_SPEC
 
 Line = Mapping[str, Any]
 R = TypeVar("R", bound=LoggedRow)
+
+
+class CacheRow(Protocol):
+    """A row of one cache, under its name or spec."""
+
+    @property
+    def cache(self) -> str: ...
+
+
+C = TypeVar("C", bound=CacheRow)
 
 #: What benchmarks/embedded/report.py writes: one JSON object, which does not say what it is of.
 EMBEDDED = {"book", "bits_per_byte", "recall"}
@@ -45,6 +56,11 @@ class Source:
         model, text = self.settings("model"), self.settings("text")
         told = "the embedded model" if model is None else Path(str(model)).name
         return told if text is None else f"{told} on {Path(str(text)).name}"
+
+
+def preferred(rows: Sequence[C]) -> C:
+    """The row of the default spec, or else the first one, for a sentence that tells of one cache."""
+    return next((row for row in rows if row.cache == DEFAULT_SPEC), rows[0])
 
 
 def gather(paths: Sequence[Path]) -> tuple[list[Source], list[str]]:

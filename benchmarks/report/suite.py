@@ -6,7 +6,23 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
-from benchmarks.report import gpu, latency, memory, million, others, quality, quick, retrieval, scaling, static
+from benchmarks.report import (
+    gpu,
+    latency,
+    memory,
+    million,
+    offload,
+    others,
+    parallel,
+    prefix,
+    quality,
+    quick,
+    retrieval,
+    scaling,
+    soak,
+    static,
+    vllm,
+)
 from benchmarks.report.parts import Part, Section
 from benchmarks.report.sources import Source
 
@@ -38,6 +54,11 @@ def chapters(device: int) -> tuple[Chapter, ...]:
         Chapter("scaling", "Scaling laws", scaling.ABOUT, scaling.part, "how loss goes with bits and context"),
         Chapter("lmeval", "Tasks of lm-eval", others.LMEVAL, others.lmeval, "what published tasks say"),
         Chapter("latency", "Speed", latency.ABOUT, latency.part, "time to first token and decode speed"),
+        Chapter("prefix", "Prompts that begin alike", prefix.ABOUT, prefix.part, "what a store of prefixes saves"),
+        Chapter("offload", "Offloaded pages", offload.ABOUT, offload.part, "what offloaded pages cost"),
+        Chapter("parallel", "One context on several devices", parallel.ABOUT, parallel.part, "what each device holds"),
+        Chapter("soak", "A server under load", soak.ABOUT, soak.part, "whether a server loses requests or grows"),
+        Chapter("vllm", "Codes in vLLM", vllm.ABOUT, vllm.part, "how many tokens a vLLM server holds"),
         Chapter("gpu", "Kernels on a GPU", gpu.ABOUT, gpu.part, "whether the kernels are right and fast on a GPU"),
         Chapter("static", "Kernels as compiled", static.ABOUT, static.part, "what the kernels cost as compiled"),
         Chapter("quick", "A quick look", quick.ABOUT, quick.part, "size, quality and speed at a glance"),

@@ -1,16 +1,22 @@
-"""How long a context may be: by tokens, or by the bytes that its cache would come to at the most."""
+"""How long a context may be: by tokens, or by the bytes that its cache, or all requests' together, come to at most."""
 
 from __future__ import annotations
 
 import bisect
 
 import torch
-from transformers import PreTrainedConfig
+from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
+from transformers.generation.configuration_utils import ContinuousBatchingConfig
+from transformers.generation.continuous_batching.cache_allocators import FullAttentionCacheAllocator
+from transformers.generation.continuous_batching.utils import find_head_dim, find_num_key_value_heads
 
+from kvcompress.batching.allocator import TRASH, sector_bytes
 from kvcompress.footprint import Footprint, coding
 from kvcompress.planning import BOUNDLESS
+from kvcompress.serving.call import Call
 from kvcompress.serving.refusal import RefusalError
 from kvcompress.spec import CacheSpec
+from kvcompress.store import PAGE
 from kvcompress.tracing import load_config, read_layers, trace
 
 UNSAID = 1024  # tokens of an answer where the client does not say, as transformers has it
@@ -27,6 +33,29 @@ def footprint(config: PreTrainedConfig, spec: CacheSpec, dtype: torch.dtype) -> 
 def tokens_within(footprint: Footprint, budget: int) -> int:
     """The most tokens whose compressed cache takes no more than `budget` bytes on the way there."""
     return bisect.bisect_right(range(BOUNDLESS), budget, key=footprint.compressed) - 1
+
+
+def pool(model: PreTrainedModel, spec: CacheSpec, budget: int | None, chunk: int) -> ContinuousBatchingConfig:
+    """Of continuous batching: a pool of at most `budget` bytes (None: as much of the GPU as is free), whose steps read
+    up to `chunk` tokens.
+
+    Raises ValueError for a budget that holds no block of a page of every layer, and for none on a CPU.
+    """
+    config = ContinuousBatchingConfig(page_size=PAGE, max_batch_tokens=chunk, per_request_processors=True)
+    if budget is None:
+        if model.device.type == "cpu":
+            raise ValueError("on a CPU continuous batching is told what its pool may take: --cache-budget BYTES")
+        return config
+    text = model.config.get_text_config(decoder=True)
+    sector = sector_bytes(text, spec, model.dtype, PAGE)
+    dense = text.num_hidden_layers * FullAttentionCacheAllocator.get_bytes_per_page(
+        find_num_key_value_heads(text), find_head_dim(text), model.dtype, PAGE
+    )
+    config.num_blocks = max(budget // sector - TRASH, 0) * sector // dense  # in blocks of numbers, rounded down
+    if not config.num_blocks:
+        least = (TRASH - (-dense // sector)) * sector
+        raise ValueError(f"a pool of {budget} bytes is too small for this model: {least} would hold a page of it")
+    return config
 
 
 def answer_tokens(prompt: int, wanted: int | None, limit: int | None) -> int:
@@ -46,3 +75,12 @@ def answer_tokens(prompt: int, wanted: int | None, limit: int | None) -> int:
     if wanted is not None:
         return wanted
     return UNSAID if limit is None else min(UNSAID, limit - prompt)
+
+
+def wanted_tokens(call: Call, gen_config: GenerationConfig, prompt: int) -> int | None:
+    """Tokens of the answer that the client asked for at most; None where it did not say."""
+    if not call.bounded:
+        return None
+    if gen_config.max_new_tokens is None and gen_config.max_length is not None:
+        return max(int(gen_config.max_length) - prompt, 1)
+    return gen_config.max_new_tokens

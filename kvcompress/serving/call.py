@@ -16,14 +16,15 @@ from kvcompress.memory import MemoryReport
 
 @dataclass(eq=False)
 class Call:
-    """bounded: whether the client said how many tokens it wants at most. admitted: whether it fits the budget. model:
-    its name, "" where there is none yet. prompt_tokens, generated_tokens: so far. failed: an error ended the answer
-    after it had begun. gone: the client is, so that nothing more needs to be generated. memory: of its cache, as last
-    measured.
+    """bounded: whether the client said how many tokens it wants at most. seeded: whether it named a seed. admitted:
+    whether it fits the budget. model: its name, "" where there is none yet. prompt_tokens, generated_tokens: so far.
+    failed: an error ended the answer after it had begun. gone: the client is, so that nothing more needs to be
+    generated. memory: of its cache, as last measured.
     """
 
     arrived: float = field(default_factory=time.monotonic)
     bounded: bool = True
+    seeded: bool = False
     admitted: bool = False
     model: str = ""
     prompt_tokens: int = 0

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,26 +11,41 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, StoppingCriteria, StoppingCriteriaList
-from transformers.cli.serving.utils import GenerateManager, GenerationState, _GenerationCancelled
+from transformers.cli.serving.utils import (
+    BaseGenerateManager,
+    GenerateManager,
+    GenerationState,
+    Modality,
+    _GenerationCancelled,
+)
 
-from kvcompress.serving.budget import answer_tokens
+from kvcompress.serving.budget import answer_tokens, wanted_tokens
 from kvcompress.serving.call import Call, current
 from kvcompress.serving.loading import MAIN, CompressedModels
-from kvcompress.serving.metrics import Metrics
-from kvcompress.serving.refusal import CLOSED, RefusalError
-
-MEASURED_EVERY = 0.25  # seconds between two looks at a cache's memory
+from kvcompress.serving.metrics import MEASURED_EVERY, Metrics
+from kvcompress.serving.refusal import CLOSED, RefusalError, quoted
 
 
 class State(GenerationState):
     """Hands every model a manager that counts."""
 
     def __init__(self, models: CompressedModels, metrics: Metrics):
-        super().__init__()
+        super().__init__(continuous_batching=models.settings.continuous_batching)
         self.models, self.metrics = models, metrics
         self._counted: dict[str, CountedGeneration] = {}
 
-    def get_manager(self, model_id: str, use_cb: bool = False) -> CountedGeneration:
+    def use_continuous_batching(self, model: PreTrainedModel, modality: Modality) -> bool:
+        """Whether it was asked for: a model that cannot have it has not been loaded."""
+        return self._continuous_batching
+
+    def is_cb_alive(self) -> bool:
+        return self.models.batches is None or self.models.batches.is_alive()
+
+    def get_manager(self, model_id: str, use_cb: bool = False) -> BaseGenerateManager:
+        if use_cb:
+            if self.models.batches is None:
+                raise RefusalError(503, "the server is stopping")
+            return self.models.batches
         if model_id not in self._counted:
             self._counted[model_id] = CountedGeneration(model_id.removesuffix(MAIN), self.models, self.metrics)
         return self._counted[model_id]
@@ -83,19 +97,10 @@ class CountedGeneration(GenerateManager):
                 param="generation_config",
             )
         limit = self.models.limits[model]
-        gen_config.max_new_tokens = answer_tokens(prompt, _wanted(call, gen_config, prompt), limit)
+        gen_config.max_new_tokens = answer_tokens(prompt, wanted_tokens(call, gen_config, prompt), limit)
         call.admitted = True
         self.metrics.wait(call)
         return Counted(model, call, prompt, self.metrics)
-
-
-def _wanted(call: Call, gen_config: GenerationConfig, prompt: int) -> int | None:
-    """Tokens of the answer that the client asked for at most; None where it did not say."""
-    if not call.bounded:
-        return None
-    if gen_config.max_new_tokens is None and gen_config.max_length is not None:
-        return max(int(gen_config.max_length) - prompt, 1)
-    return gen_config.max_new_tokens
 
 
 class Counted:
@@ -164,8 +169,3 @@ class Watch(StoppingCriteria):
         if call.cache is not None and now - self._measured >= MEASURED_EVERY:
             call.memory, self._measured = call.cache.memory(), now
         return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
-
-
-def quoted(error: Exception) -> str:
-    """What an error says, fit to stand between quotation marks in JSON, where transformers puts it as it is."""
-    return json.dumps(str(error) or type(error).__name__)[1:-1]

@@ -36,7 +36,7 @@ class Checked(Base):
             )
         call = current.get()
         if call is not None:
-            call.bounded = read.bounded
+            call.bounded, call.seeded = read.bounded, read.seed is not None
         try:
             return await super().handle_request(body, request_id)  # type: ignore[misc]
         except RefusalError:

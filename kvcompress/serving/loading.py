@@ -12,10 +12,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.cli.serving.model_manager import ModelManager
 
+from kvcompress import batching
 from kvcompress.cache import CompressedCache
 from kvcompress.generation import wrap
 from kvcompress.prefixes import PrefixStore
-from kvcompress.serving.budget import footprint, tokens_within
+from kvcompress.serving.batches import Batches
+from kvcompress.serving.budget import footprint, pool, tokens_within
 from kvcompress.serving.call import current
 from kvcompress.serving.metrics import Metrics
 from kvcompress.serving.refusal import CLOSED, RefusalError
@@ -36,6 +38,8 @@ class CompressedModels(ModelManager):
         self.store = None
         if settings.prefix_store is not None:
             self.store = CountedStore(metrics, settings.prefix_store, settings.min_tokens)
+        self.metrics = metrics
+        self.batches: Batches | None = None  # of the one model of a server with continuous batching
         self.limits: WeakKeyDictionary[PreTrainedModel, int | None] = WeakKeyDictionary()
         super().__init__(device=settings.device, dtype=settings.dtype, force_model=settings.model)
 
@@ -56,12 +60,32 @@ class CompressedModels(ModelManager):
 
     def _load_model(self, *args: Any, **kwargs: Any) -> PreTrainedModel:
         model = super()._load_model(*args, **kwargs)
+        if self.settings.continuous_batching:
+            self.batches = self._batches(model)
+            logger.info("%s: up to %s tokens a request", type(model).__name__, self.batches.limit)
+            return model
         wrap(model, self.spec, self.settings.prefill_chunk, prefix_store=self.store)
         probe(model)
         model.register_forward_pre_hook(watch, with_kwargs=True)
         self.limits[model] = self._limit(model)
         logger.info("%s: up to %s tokens", type(model).__name__, self.limits[model] or "any number of")
         return model
+
+    def _batches(self, model: PreTrainedModel) -> Batches:
+        """Raises ValueError for a model or spec that cannot be batched on codes, or a budget that is too small."""
+        settings = self.settings
+        batching.enable(model, self.spec)
+        most = None if settings.max_context is None else parse_count(settings.max_context)
+        budget = None if settings.cache_budget is None else parse_size(settings.cache_budget)
+        config = pool(model, self.spec, budget, settings.prefill_chunk)
+        return Batches.of(model, str(settings.model), self.spec, config, most, self.metrics)
+
+    def shutdown(self) -> None:
+        """Let go of all models, and of a batch that is running."""
+        if self.batches is not None:
+            self.batches.stop()
+            self.batches = None
+        super().shutdown()
 
     def _limit(self, model: PreTrainedModel) -> int | None:
         settings, limits = self.settings, []

@@ -17,7 +17,10 @@ from kvcompress.memory import MemoryReport
 from kvcompress.serving.call import Call
 
 PREFIX = "kvcompress"
+MEASURED_EVERY = 0.25  # seconds between two looks at a cache's memory
 Value = Callable[[list[MemoryReport]], float]
+#: What the requests of a batch hold together at this moment, and the bytes of the pool that they hold it in.
+Pool = Callable[[], tuple[MemoryReport, int]]
 SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
 
 
@@ -44,6 +47,7 @@ class Metrics:
         self._running: set[Call] = set()
         self._waiting: set[Call] = set()
         self._last: dict[str, MemoryReport] = {}  # of each model, as last measured
+        self.pools: dict[str, Pool] = {}  # of models whose requests share one
         self.registry.register(self)
 
     def _counter(self, name: str, what: str, *labels: str) -> Counter:
@@ -72,6 +76,12 @@ class Metrics:
             if call.memory.elements:
                 self._last[call.model] = call.memory
 
+    def measured(self, model: str, report: MemoryReport) -> None:
+        """What a batch holds; kept for when it holds nothing."""
+        with self._lock:
+            if report.elements:
+                self._last[model] = report
+
     def count(self, call: Call, status: int) -> None:
         """A request is over."""
         labels = (call.model, str(status))
@@ -96,6 +106,12 @@ class Metrics:
         held: dict[str, list[MemoryReport]] = {model: [] for model in last}
         for call in running:
             held.setdefault(call.model, []).append(call.memory)
+        pool = GaugeMetricFamily(f"{PREFIX}_cache_pool_bytes", "What all requests' caches share", labels=["model"])
+        for model, ask in list(self.pools.items()):
+            report, size = ask()
+            held[model] = [report] if report.elements else []
+            pool.add_metric([model], size)
+        yield pool
         yield self._gauge("cache_bytes", "Caches of running requests", held, lambda x: sum(r.total for r in x))
         yield self._gauge(
             "cache_uncompressed_bytes",
@@ -110,7 +126,7 @@ class Metrics:
             labels=["model", "elements"],
         )
         for model, reports in held.items():
-            whole = sum(reports, MemoryReport.nothing()) if reports else last[model]
+            whole = sum(reports, MemoryReport.nothing()) if reports else last.get(model, MemoryReport.nothing())
             for elements, value in (("coded", whole.bits_per_element), ("all", whole.effective_bits_per_element)):
                 if not math.isnan(value):
                     bits.add_metric([model, elements], value)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -45,3 +46,8 @@ def install(app: FastAPI) -> None:
     @app.exception_handler(Exception)
     async def unforeseen(_: Request, error: Exception) -> JSONResponse:
         return JSONResponse(body(500, f"{type(error).__name__}: {error}"), 500)
+
+
+def quoted(error: Exception) -> str:
+    """What an error says, fit to stand between quotation marks in JSON, where transformers puts it as it is."""
+    return json.dumps(str(error) or type(error).__name__)[1:-1]

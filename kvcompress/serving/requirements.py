@@ -5,12 +5,12 @@ They are looked up before anything is built on them, so that another transformer
 
 from __future__ import annotations
 
-import importlib
 import importlib.util
-import inspect
-from typing import Any
 
 import transformers
+
+from kvcompress import upstream
+from kvcompress.batching import requirements as batching
 
 #: Of transformers: the versions that tests/test_serving.py has passed with.
 TRIED = ("5.23.0",)
@@ -18,8 +18,7 @@ PACKAGES = ("fastapi", "uvicorn", "openai", "prometheus_client", "accelerate")
 SERVING = "transformers.cli.serving"
 _GENERATE = ("model", "processor", "inputs", "gen_config", "request_id")
 
-#: By module: names, and the parameters that are given to them.
-NAMES: dict[str, dict[str, tuple[str, ...]]] = {
+NAMES: upstream.Names = {
     f"{SERVING}.server": {
         "build_server": (
             "model_manager",
@@ -40,7 +39,15 @@ NAMES: dict[str, dict[str, tuple[str, ...]]] = {
     f"{SERVING}.utils": {
         "GenerateManager.generate_streaming": (*_GENERATE, "response_parser"),
         "GenerateManager.generate_non_streaming": _GENERATE,
+        "GenerationState": ("continuous_batching",),
         "GenerationState.get_manager": ("model_id", "use_cb"),
+        "GenerationState.use_continuous_batching": ("model", "modality"),
+        "GenerationState.is_cb_alive": (),
+        "BaseGenerateManager": (),
+        "CBGenerateManager.is_alive": (),
+        "CBStreamer": ("cb_manager", "request_id", "tokenizer", "loop", "queue", "response_parser"),
+        "Modality": (),
+        "_StreamError": ("msg",),
         "BaseHandler._resolve_model": ("body",),
         "_GenerationCancelled": (),
     },
@@ -59,29 +66,10 @@ def check() -> None:
         raise ImportError(
             f"kvcompress serve needs {', '.join(absent)}, not installed here: pip install 'kvcompress[serve]'"
         )
-    moved = [what for module, names in NAMES.items() for what in _moved(module, names)]
+    moved = upstream.missing(NAMES | batching.NAMES)
     if moved:
         raise ImportError(
             f"kvcompress serve builds on parts of transformers that version {transformers.__version__}, the one here, "
             f"does not have as they were: {'; '.join(moved)}. It was tried with {', '.join(TRIED)}: "
             f"pip install transformers=={TRIED[-1]}"
         )
-
-
-def _moved(module: str, names: dict[str, tuple[str, ...]]) -> list[str]:
-    """What a module lacks of names and their parameters."""
-    try:
-        holder = importlib.import_module(module)
-    except ImportError as error:
-        return [f"{module} ({error})"]
-    lacking = []
-    for name, parameters in names.items():
-        found: Any = holder
-        for part in name.split("."):
-            found = getattr(found, part, None)
-        if found is None:
-            lacking.append(f"{module}.{name}")
-        elif parameters:
-            taken = inspect.signature(found).parameters
-            lacking += [f"{module}.{name}({wanted}=)" for wanted in parameters if wanted not in taken]
-    return lacking

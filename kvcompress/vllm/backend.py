@@ -17,12 +17,13 @@ from vllm.v1.attention.backend import (
 )
 from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheLayout
 
+from kvcompress.paged.attention import BlockAttention
+from kvcompress.paged.blocks import BlockLayout
+from kvcompress.paged.codecs import codecs
+from kvcompress.paged.rows import Step
 from kvcompress.reference import Scores
 from kvcompress.store import PAGE
-from kvcompress.vllm.attention import BlockAttention
-from kvcompress.vllm.blocks import BlockLayout
-from kvcompress.vllm.rows import Step
-from kvcompress.vllm.settings import VARIABLE, chosen, codecs
+from kvcompress.vllm.settings import VARIABLE, chosen
 
 
 class KVCompressBackend(AttentionBackend):

@@ -1,22 +1,14 @@
-"""Which spec vLLM's cache is to have, by the variable KVCOMPRESS_VLLM_SPEC, and the codecs of a layer for it."""
+"""Which spec vLLM's cache is to have, by the variable KVCOMPRESS_VLLM_SPEC; "default" stands for `paged`'s."""
 
 from __future__ import annotations
 
 import os
 from functools import lru_cache
 
-import torch
-
-from kvcompress import basis as bases
-from kvcompress.basis import Basis
-from kvcompress.codecs import SIDES, Fit, Geometry
-from kvcompress.records import TokenCodec
+from kvcompress.paged import codecs
 from kvcompress.spec import CacheSpec
 
 VARIABLE = "KVCOMPRESS_VLLM_SPEC"
-#: What the value "default" stands for: of the specs under 4 bits that need no basis, the one of least KL by
-#: `python -m benchmarks.token_records`.
-DEFAULT = "trellis:k4v3"
 
 
 def wanted() -> CacheSpec | None:
@@ -27,14 +19,7 @@ def wanted() -> CacheSpec | None:
 
 @lru_cache
 def _parse(text: str) -> CacheSpec:
-    spec, usual = CacheSpec.parse(DEFAULT if text == "default" else text), CacheSpec()
-    if (spec.sinks, spec.window) not in ((usual.sinks, usual.window), (0, 0)):
-        raise ValueError(f"{VARIABLE}={text}: vLLM's blocks hold every token as codes, leave out sinks= and window=")
-    if spec.layers:
-        raise ValueError(f"{VARIABLE}={text}: vLLM's blocks are alike in all layers, leave out layerN=")
-    if spec.basis == "shared":
-        raise ValueError(f"{VARIABLE}={text}: nothing is learned from prompts, basis can only be a .safetensors file")
-    return spec
+    return codecs.parse(codecs.DEFAULT if text == "default" else text, f"{VARIABLE}={text}")
 
 
 def chosen() -> CacheSpec:
@@ -43,41 +28,3 @@ def chosen() -> CacheSpec:
     if spec is None:
         raise ValueError(f"{VARIABLE} is not set in this process, but the kvcompress backend is in use")
     return spec
-
-
-def codecs(
-    spec: CacheSpec, head_dim: int, heads: int, dtype: torch.dtype, layer: int | None = None
-) -> tuple[TokenCodec, TokenCodec]:
-    """Of keys and of values of a layer with `heads` KV heads, on the CPU; of any layer where none is named.
-
-    Raises ValueError for codecs that cannot code tokens one by one, and for a basis that is not of such a layer.
-    """
-    fits: tuple[Fit, Fit] = ({}, {})
-    if spec.basis != "prompt":
-        fits = _basis(spec, layer).fits
-    own = (spec.key, spec.value)
-    for side, fit in enumerate(fits):
-        known = {x.shape[1] for x in fit.values()}
-        if known - {heads, 1}:
-            raise ValueError(
-                f"{spec.basis} was learned of {max(known)} heads of {SIDES[side]}s, there are {heads} here: "
-                "tensor parallelism goes without basis="
-            )
-    key, value = (
-        TokenCodec.of(codec, Geometry(head_dim, side, heads), dtype, fits[side]) for side, codec in enumerate(own)
-    )
-    return key, value
-
-
-@lru_cache
-def _layers(path: str) -> dict[int, Basis]:
-    return bases.load(path)
-
-
-def _basis(spec: CacheSpec, layer: int | None) -> Basis:
-    layers = _layers(spec.basis)
-    layer = min(layers) if layer is None else layer
-    if layer not in layers:
-        raise ValueError(f"{spec.basis} holds no basis of layer {layer}, only of {sorted(layers)}")
-    layers[layer].check(layer, (str(spec.key), str(spec.value)))
-    return layers[layer]

@@ -8,9 +8,9 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from kvcompress.paged.blocks import BlockTable
 from kvcompress.reference import Mask
 from kvcompress.store import PAGE
-from kvcompress.vllm.blocks import BlockTable
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,12 +53,14 @@ class Step:
     """A step's requests: `ids` int32 [requests, P] names their blocks on the device.
 
     starts: where each one's new tokens begin among the step's, and where the last one's end. lengths: tokens of each
-    with the new ones.
+    with the new ones. alike: whether requests decode together only where their histories are about as long, for
+    backends that work on every row up to the longest one's end.
     """
 
     ids: Tensor
     starts: tuple[int, ...]
     lengths: tuple[int, ...]
+    alike: bool = False
 
     @property
     def tokens(self) -> int:
@@ -74,8 +76,8 @@ class Step:
             if stop > start
         ]
         single = [span for span in spans if span[2] == 1]
-        groups = ([single] if single else []) + [[span] for span in spans if span[2] > 1]
-        return [self._group(group) for group in groups]
+        groups = _alike(single) if self.alike else [single] if single else []
+        return [self._group(group) for group in [*groups, *([span] for span in spans if span[2] > 1)]]
 
     def windowed(self, window: int | None) -> list[Rows]:
         """`rows` for layers whose tokens see the last `window` ones; found once a step."""
@@ -95,3 +97,11 @@ class Step:
         device = self.ids.device
         table = BlockTable(self.ids[order.to(device)], tuple(before for *_, before in spans))
         return Rows(queries, tokens.flatten().to(device), table)
+
+
+def _alike(spans: list[tuple[int, int, int, int]]) -> list[list[tuple[int, int, int, int]]]:
+    """Spans by the power of two that their pages come to, so that no row of a group has half another's or less."""
+    groups: dict[int, list[tuple[int, int, int, int]]] = {}
+    for span in spans:
+        groups.setdefault((-(-span[3] // PAGE)).bit_length(), []).append(span)
+    return list(groups.values())

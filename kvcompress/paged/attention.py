@@ -1,7 +1,7 @@
 """One layer's attention over blocks of codes: write the new tokens, attend what came before, exactly within the chunk.
 
-Free of vLLM, which `backend` adds. A request's new tokens are attended exactly, by the keys and values that the model
-just made; what came before them by their codes, also where it came with the same prompt in an earlier chunk.
+A request's new tokens are attended exactly, by the keys and values that the model just made; what came before them by
+their codes, also where it came with the same prompt in an earlier chunk.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from torch import Tensor
 
 from kvcompress import backends
 from kvcompress.history import Derived
+from kvcompress.paged.blocks import BlockHistory, BlockLayout
+from kvcompress.paged.rows import Rows, Step
 from kvcompress.reference import Scores
-from kvcompress.vllm.blocks import BlockHistory, BlockLayout
-from kvcompress.vllm.rows import Rows, Step
 
 
 @dataclass(eq=False)
