@@ -27,6 +27,7 @@ from benchmarks.soak_slope import Slope
 
 DOCUMENT = "class Store{0}:\n    def get_{0}(self, key):\n        return self.items_{0}[key]\n"
 DOCUMENTS = 4
+POOL = "32MiB"  # of a server with continuous batching, for the caches of all clients
 IDLE = 120  # seconds that the last requests may take to end
 
 
@@ -34,14 +35,16 @@ IDLE = 120  # seconds that the last requests may take to end
 class Settings:
     """minutes: of requests. clients: at once. lines: of a long prompt's beginning, three times; about ten tokens each.
 
-    model: a folder or hub id, None for the embedded model. limit: tokens of the longest context. every: seconds between
-    two samples of memory. settling: the share of the time whose samples say nothing of growth, since allocators fill up
-    first (the prefix store is filled before, and a request of every kind made).
+    model: a folder or hub id, None for the embedded model. batching: continuous, in place of a prefix store. limit:
+    tokens of the longest context. every: seconds between two samples of memory. settling: the share of the time whose
+    samples say nothing of growth, since allocators fill up first (the prefix store is filled before, and a request of
+    every kind made).
     """
 
     minutes: float = 10
     model: str | None = None
     spec: str = "trellis3"
+    batching: bool = False
     clients: int = 3
     lines: int = 25
     limit: int = 2400
@@ -75,7 +78,7 @@ def run(settings: Settings, folder: Path, console: Console) -> Row:
         console.print(f"soak: {settings.clients} clients for {settings.minutes:g} minutes")
         row, samples = _soak(settings, server, model)
     log.add(row)
-    soak_plot.plot(folder / "memory.png", samples, settings.settling, f"kvcompress serve --spec {settings.spec}")
+    soak_plot.plot(folder / "memory.png", samples, settings.settling, f"kvcompress serve, {row.name}")
     text = soak_rows.document(row)
     (folder / "table.md").write_text(text)
     console.print(text, markup=False)
@@ -85,8 +88,11 @@ def run(settings: Settings, folder: Path, console: Console) -> Row:
 @contextmanager
 def _serving(settings: Settings, scratch: Path) -> Iterator[tuple[Server, str]]:
     model = settings.model or save_embedded(scratch / "model")
-    options = ("--spec", settings.spec, "--max-context", str(settings.limit), "--min-tokens", "256")
-    server = Server(scratch, model, *options, "--prefix-store", str(scratch / "prefixes"))
+    if settings.batching:
+        options = ["--continuous-batching", "--cache-budget", POOL]
+    else:
+        options = ["--prefix-store", str(scratch / "prefixes"), "--min-tokens", "256"]
+    server = Server(scratch, model, "--spec", settings.spec, "--max-context", str(settings.limit), *options)
     try:
         server.wait()
         yield server, model
@@ -144,6 +150,7 @@ def _row(settings: Settings, tally: Tally, numbers: Numbers, samples: list[Sampl
     rss, cache = (Slope.of(times, [getattr(sample, name) for sample in settled]) for name in ("rss", "cache"))
     return Row(
         spec=settings.spec,
+        batching=settings.batching,
         seconds=seconds,
         samples=len(samples),
         requests=dict(tally.kinds),

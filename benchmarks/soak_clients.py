@@ -103,12 +103,7 @@ class Asker:
         return 200, usage
 
     def _cancelled(self) -> tuple[int, Any]:
-        endless = {
-            "max_new_tokens": self._limit // 2,
-            "min_new_tokens": self._limit // 2,
-            "do_sample": False,
-            "pad_token_id": 0,
-        }
+        endless = {"max_new_tokens": self._limit // 2, "do_sample": False, "eos_token_id": -1, "pad_token_id": 0}
         stream = self._create(
             self._short(), self._limit // 2, stream=True, extra_body={"generation_config": json.dumps(endless)}
         )

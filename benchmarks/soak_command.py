@@ -16,6 +16,9 @@ def command(
     minutes: Annotated[float, typer.Option(help="minutes of requests")] = 10,
     model: Model = None,
     spec: Annotated[str, typer.Option(help="spec of the server's caches")] = "trellis3",
+    batching: Annotated[
+        bool, typer.Option("--continuous-batching", help="of all requests at once, in place of a prefix store")
+    ] = False,
     clients: Annotated[int, typer.Option(help="clients at once")] = 3,
     every: Annotated[float, typer.Option(help="seconds between two looks at the server's memory")] = 1,
     seed: Annotated[int, typer.Option(help="what requests are drawn by")] = 0,
@@ -34,7 +37,9 @@ def command(
             raise ValueError(str(error)) from error
         from benchmarks import soak
 
-        settings = soak.Settings(minutes=minutes, model=model, spec=spec, clients=clients, every=every, seed=seed)
+        settings = soak.Settings(
+            minutes=minutes, model=model, spec=spec, batching=batching, clients=clients, every=every, seed=seed
+        )
         row = soak.run(settings, output, Console())
     if row.status != "ok":
         raise typer.Exit(1)

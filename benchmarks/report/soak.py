@@ -16,17 +16,16 @@ interval, which should hold 0."""
 
 def part(source: Source) -> Part:
     rows = source.rows(Row)
-    counted = tuple(Table(f"Counts of {row.seconds / 60:.1f} minutes with {row.spec}", counts(row)) for row in rows)
+    counted = tuple(Table(f"Counts of {row.seconds / 60:.1f} minutes with {row.name}", counts(row)) for row in rows)
     headings = [
-        "spec", "minutes", "requests", "lost", "prefix hits", "memory, MiB", "its growth a minute",
+        "server", "minutes", "requests", "lost", "prefix hits", "memory, MiB", "its growth a minute",
         "growth of caches a minute", "left in caches, bytes",
     ]  # fmt: skip
     note = "*memory*: of the server process, mean; *caches*: of running requests, of which nothing should be left at "
     note += "the end. Growth with its 95% confidence interval."
-    note += "end. Growth with its 95% confidence interval."
     table = Table("Requests and memory", markdown(headings, len(headings) - 1, list(map(_line, rows))), note=note)
     headline, *found = map(_said, rows)
-    remarks = tuple(f"{row.spec}: {row.status}: {row.reason}" for row in rows if row.reason)
+    remarks = tuple(f"{row.name}: {row.status}: {row.reason}" for row in rows if row.reason)
     return Part(headline, tuple(found), (), (table, *counted), remarks, source.subject)
 
 
@@ -35,7 +34,7 @@ def _said(row: Row) -> str:
     agree = "agree" if all(row.client[name] == row.server[name] for name in row.client) else "do not agree"
     sure = "which holds 0" if row.rss.low <= 0 <= row.rss.high else "which does not hold 0"
     return (
-        f"In {row.seconds / 60:.1f} minutes with {row.spec} {row.lost} of {asked:,} requests were lost, the server's "
+        f"In {row.seconds / 60:.1f} minutes with {row.name} {row.lost} of {asked:,} requests were lost, the server's "
         f"counts and the clients' {agree}, and its memory of {row.rss_mean / 2**20:,.0f} MiB grew by {growth(row.rss)} "
         f"a minute, an interval {sure}."
     )
@@ -44,7 +43,7 @@ def _said(row: Row) -> str:
 def _line(row: Row) -> list[str]:
     counts = (sum(row.requests.values()), row.lost, row.prefix_hits)
     return [
-        row.spec,
+        row.name,
         f"{row.seconds / 60:.1f}",
         *(f"{count:,}" for count in counts),
         f"{row.rss_mean / 2**20:,.0f}",
