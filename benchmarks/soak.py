@@ -35,7 +35,7 @@ IDLE = 120  # seconds that the last requests may take to end
 class Settings:
     """minutes: of requests. clients: at once. lines: of a long prompt's beginning, three times; about ten tokens each.
 
-    model: a folder or hub id, None for the embedded model. batching: continuous, in place of a prefix store. limit:
+    model: a folder or hub id, None for the embedded model. continuous_batching: in place of a prefix store. limit:
     tokens of the longest context. every: seconds between two samples of memory. settling: the share of the time whose
     samples say nothing of growth, since allocators fill up first (the prefix store is filled before, and a request of
     every kind made).
@@ -44,7 +44,7 @@ class Settings:
     minutes: float = 10
     model: str | None = None
     spec: str = "trellis3"
-    batching: bool = False
+    continuous_batching: bool = False
     clients: int = 3
     lines: int = 25
     limit: int = 2400
@@ -88,7 +88,7 @@ def run(settings: Settings, folder: Path, console: Console) -> Row:
 @contextmanager
 def _serving(settings: Settings, scratch: Path) -> Iterator[tuple[Server, str]]:
     model = settings.model or save_embedded(scratch / "model")
-    if settings.batching:
+    if settings.continuous_batching:
         options = ["--continuous-batching", "--cache-budget", POOL]
     else:
         options = ["--prefix-store", str(scratch / "prefixes"), "--min-tokens", "256"]
@@ -150,7 +150,7 @@ def _row(settings: Settings, tally: Tally, numbers: Numbers, samples: list[Sampl
     rss, cache = (Slope.of(times, [getattr(sample, name) for sample in settled]) for name in ("rss", "cache"))
     return Row(
         spec=settings.spec,
-        batching=settings.batching,
+        continuous_batching=settings.continuous_batching,
         seconds=seconds,
         samples=len(samples),
         requests=dict(tally.kinds),

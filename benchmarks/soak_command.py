@@ -16,8 +16,8 @@ def command(
     minutes: Annotated[float, typer.Option(help="minutes of requests")] = 10,
     model: Model = None,
     spec: Annotated[str, typer.Option(help="spec of the server's caches")] = "trellis3",
-    batching: Annotated[
-        bool, typer.Option("--continuous-batching", help="of all requests at once, in place of a prefix store")
+    continuous_batching: Annotated[
+        bool, typer.Option("--continuous-batching", help="requests share a batch, in place of a prefix store")
     ] = False,
     clients: Annotated[int, typer.Option(help="clients at once")] = 3,
     every: Annotated[float, typer.Option(help="seconds between two looks at the server's memory")] = 1,
@@ -38,7 +38,13 @@ def command(
         from benchmarks import soak
 
         settings = soak.Settings(
-            minutes=minutes, model=model, spec=spec, batching=batching, clients=clients, every=every, seed=seed
+            minutes=minutes,
+            model=model,
+            spec=spec,
+            continuous_batching=continuous_batching,
+            clients=clients,
+            every=every,
+            seed=seed,
         )
         row = soak.run(settings, output, Console())
     if row.status != "ok":

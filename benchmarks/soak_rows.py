@@ -24,8 +24,8 @@ class Row:
 
     requests: by kind. client, server: counts by name (COUNTS). lost: requests that went otherwise than they should.
     rss_*: bytes a minute of the server process, cache_*: of the caches of running requests, each with the ends of its
-    95% confidence interval (_low, _high), over the samples after the start. rss_mean, cache_peak: bytes. batching:
-    continuous, in place of a prefix store.
+    95% confidence interval (_low, _high), over the samples after the start. rss_mean, cache_peak: bytes.
+    continuous_batching: in place of a prefix store.
     """
 
     spec: str
@@ -47,7 +47,7 @@ class Row:
     cache_at_end: float
     status: str = "ok"
     reason: str | None = None
-    batching: bool = False
+    continuous_batching: bool = False
 
     @property
     def key(self) -> str:
@@ -55,7 +55,7 @@ class Row:
 
     @property
     def name(self) -> str:
-        return self.spec + ", continuous batching" * self.batching
+        return self.spec + ", continuous batching" * self.continuous_batching
 
     @property
     def rss(self) -> Slope:
@@ -81,10 +81,10 @@ def document(row: Row) -> str:
     kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(row.requests.items()))
     parts = [
         "# A server under mixed requests",
-        f"`kvcompress serve --spec {row.spec}{' --continuous-batching' * row.batching}` for {row.seconds / 60:.1f} "
-        f"minutes: {kinds}. "
+        f"`kvcompress serve --spec {row.spec}{' --continuous-batching' * row.continuous_batching}` for "
+        f"{row.seconds / 60:.1f} minutes: {kinds}. "
         f"{row.lost} requests were lost"
-        + ("." if row.batching else f"; {row.prefix_hits} prompts went on from a stored prefix."),
+        + ("." if row.continuous_batching else f"; {row.prefix_hits} prompts went on from a stored prefix."),
         counts(row),
         f"Growth a minute, with 95% confidence intervals: memory of the process {growth(row.rss)} "
         f"(mean {row.rss_mean / 2**20:,.0f} MiB), caches of running requests {growth(row.caches)} "
