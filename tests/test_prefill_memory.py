@@ -9,6 +9,7 @@ from benchmarks.log import read
 from benchmarks.prefill_memory import PrefillRow
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(platform.system() != "Linux", reason="reads /proc")
 def test_a_long_prefill_peaks_below_the_uncompressed_cache(tmp_path: Path):
     """16k tokens in chunks: the whole process grows by less than the uncompressed cache alone would take."""
