@@ -13,7 +13,8 @@ in bfloat16. *largest rise*: of perplexity over the uncompressed cache's in the 
 on the same tokens, with its standard error. *recall*: facts whose answer, asked for at the end, is right word for word.
 *peak*: how far the process (on a GPU: its memory) grew beside the model. *N tokens at a time*: the uncompressed cache
 was emptied after every N tokens, so that no token saw more than N before it: what it loses is what the longer context
-is worth to this model. It is no compressed cache; its size and recall mean nothing and are left out."""
+is worth to this model, what it gains is what that costs. It is no compressed cache; its size and recall mean nothing
+and are left out."""
 
 
 DEPTHS = "Facts recalled at the end of the document, by the part of it where they stand"
@@ -77,6 +78,21 @@ def rise(row: MillionRow) -> str:
 
 def recalled(row: MillionRow) -> str:
     return f"{row.recall:.1%}" if row.recall is not None and row.restart is None else "-"
+
+
+def emptied(rows: Sequence[MillionRow]) -> str:
+    """What the longer context is worth, or costs, in the last bucket; "" where no cache was emptied on the way."""
+    own = next((row for row in rows if row.restart is not None and row.increase_by_bucket), None)
+    if own is None or own.increase_by_bucket is None:
+        return ""
+    name = max(own.increase_by_bucket, key=int)
+    mean, error = own.increase_by_bucket[name]
+    return (
+        f"Emptied after every {own.restart:,} tokens, so that no token sees more than these, the uncompressed cache's "
+        f"perplexity in the last bucket (up to {int(name):,}) is {mean:+.2f}% ± {error:.2f} from that of the whole "
+        f"context: so much {'is the longer context worth to' if mean > 0 else 'does the longer context cost'} this "
+        "model there."
+    )
 
 
 def depths(rows: Sequence[MillionRow]) -> str:

@@ -165,7 +165,9 @@ def million(results: Path) -> str:
          million_tables.recalled(row)]
         for row in own
     ]  # fmt: skip
-    return f"{own[0].tokens:,} tokens:\n\n" + markdown(headings, len(headings) - 1, lines)
+    said = million_tables.emptied(own)
+    table = markdown(headings, len(headings) - 1, lines)
+    return f"{own[0].tokens:,} tokens:\n\n{table}" + (f"\n{said}\n" if said else "")
 
 
 def prefill(results: Path) -> str:

@@ -20,6 +20,7 @@ from rich.console import Console
 
 from benchmarks import soak_plot, soak_rows
 from benchmarks.log import open_log
+from benchmarks.options import at_least
 from benchmarks.soak_clients import Asker, Tally
 from benchmarks.soak_rows import COUNTS, Row, judged
 from benchmarks.soak_server import Numbers, Server, save_embedded
@@ -57,9 +58,7 @@ class Settings:
             raise ValueError(f"minutes and every must be above 0, got {self.minutes} and {self.every}")
         if not 0 <= self.settling < 1:
             raise ValueError(f"settling must be a share from 0 to below 1, got {self.settling}")
-        for name in ("clients", "lines", "limit"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        at_least(self, clients=1, lines=1, limit=1)
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,6 @@ import asyncio
 import json
 import re
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -26,14 +25,11 @@ from kvcompress.serving import budget, requirements
 from kvcompress.serving.refusal import quoted
 from kvcompress.serving.settings import Settings
 from tests.families import build
+from tests.served import change, chat, check_clients_at_once, check_other_ways, read
 
 SPEC = "trellis3"  # learns from 128 tokens, so that short prompts are coded
 LIMIT, MIN_TOKENS = 2400, 256  # tokens: of prompt and answer, and of a prefix that is stored
 LONG = "def parse(line):\n    return line.split()\n" * 40  # some 600 tokens: several coded pages
-
-
-def change(after: dict[tuple[str, ...], float], before: dict[tuple[str, ...], float], *key: str) -> float:
-    return after.get(key, 0) - before.get(key, 0)
 
 
 @pytest.fixture(scope="module")
@@ -59,20 +55,6 @@ def server(folder: Path, name: str) -> Iterator[Server]:
         yield started
     finally:
         started.stop()
-
-
-def chat(server: Server, name: str, text: str, tokens: int | None = 8, **more: Any) -> Any:
-    more = {"temperature": 0} | more | ({} if tokens is None else {"max_tokens": tokens})
-    return server.client.chat.completions.create(model=name, messages=[{"role": "user", "content": text}], **more)
-
-
-def read(stream: Any) -> tuple[str, Any]:
-    """A stream's text and usage."""
-    text, usage = "", None
-    for chunk in stream:
-        text += (chunk.choices[0].delta.content or "") if chunk.choices else ""
-        usage = chunk.usage or usage
-    return text, usage
 
 
 def test_chat_is_generate_with_the_compressed_cache(server: Server, name: str, folder: Path) -> None:
@@ -108,27 +90,12 @@ def test_streaming_says_the_same(server: Server, name: str) -> None:
 
 
 def test_completions_and_responses(server: Server, name: str) -> None:
-    done = server.client.completions.create(model=name, prompt="import os\n", max_tokens=4, temperature=0)
-    assert done.usage.completion_tokens == 4
-    answer = server.client.responses.create(model=name, input="import os", max_output_tokens=4, temperature=0)
-    assert answer.usage.output_tokens == 4
+    check_other_ways(server, name)
     assert [model.id for model in server.client.models.list()] == [name]
 
 
 def test_several_clients_at_once(server: Server, name: str) -> None:
-    """All are served, each with its own answer, and the server counts what they count."""
-    texts = [f"value_{number} = " for number in range(6)]
-    alone = [chat(server, name, text).choices[0].message.content for text in texts]
-    before = server.numbers()
-    with ThreadPoolExecutor(len(texts)) as clients:
-        answers = list(clients.map(lambda text: chat(server, name, text), texts))
-    after = server.numbers()
-    assert [answer.choices[0].message.content for answer in answers] == alone
-    assert change(after, before, "requests_total", "200") == len(texts)
-    prompts, generated = (sum(getattr(x.usage, f"{what}_tokens") for x in answers) for what in ("prompt", "completion"))
-    assert change(after, before, "prompt_tokens_total", "200") == prompts
-    assert change(after, before, "generated_tokens_total", "200") == generated
-    assert change(after, before, "time_to_first_token_seconds_count") == len(texts)
+    after = check_clients_at_once(server, name, [f"value_{number} = " for number in range(6)])
     assert after["requests_running",] == after["requests_waiting",] == after["cache_bytes",] == 0
 
 

@@ -20,6 +20,7 @@ from kvcompress.serving import budget, sampling
 from kvcompress.serving.refusal import RefusalError
 from kvcompress.serving.settings import Settings
 from kvcompress.units import parse_size
+from tests.served import change, chat, check_clients_at_once, check_other_ways, read
 
 SPEC, BUDGET = "key=lloyd4,value=lloyd3", "2MiB"  # quicker to encode than trellis codes
 BLOCK = 5 * 2 * 2 * 64 * 64 * 30 // 64  # bytes of 64 tokens: 5 layers, keys and values of 2 heads of 64, 3.75 bits each
@@ -42,16 +43,6 @@ def server(name: str) -> Iterator[Server]:
         yield started
     finally:
         started.stop()
-
-
-def change(after: dict[tuple[str, ...], float], before: dict[tuple[str, ...], float], *key: str) -> float:
-    return after.get(key, 0) - before.get(key, 0)
-
-
-def chat(server: Server, name: str, text: str, tokens: int = 8, **more: Any) -> Any:
-    messages = [{"role": "user", "content": text}]
-    create: Any = server.client.chat.completions.create
-    return create(model=name, messages=messages, max_tokens=tokens, **{"temperature": 0, **more})
 
 
 def endless(server: Server, name: str, text: str) -> Any:
@@ -79,18 +70,14 @@ def test_chat_is_generate_batch(server: Server, name: str) -> None:
     (done,) = model.generate_batch([ids], generation_config=settings, continuous_batching_config=pool).values()
     assert answer.choices[0].message.content == tokenizer.decode(done.generated_tokens, skip_special_tokens=True)
     assert (answer.usage.prompt_tokens, answer.usage.completion_tokens) == (len(ids), len(done.generated_tokens))
-    streamed = list(chat(server, name, LONG, 12, stream=True))
-    text = "".join((chunk.choices[0].delta.content or "") for chunk in streamed if chunk.choices)
+    text, _ = read(chat(server, name, LONG, 12, stream=True))
     assert text == answer.choices[0].message.content
     assert change(after, before, "prompt_tokens_total", "200") == len(ids)
     assert change(after, before, "time_to_first_token_seconds_count") == 1
 
 
 def test_completions_and_responses(server: Server, name: str) -> None:
-    done = server.client.completions.create(model=name, prompt="import os\n", max_tokens=4, temperature=0)
-    assert done.usage.completion_tokens == 4
-    answer = server.client.responses.create(model=name, input="import os", max_output_tokens=4, temperature=0)
-    assert answer.usage.output_tokens == 4
+    check_other_ways(server, name)
 
 
 def test_requests_are_interleaved(server: Server, name: str) -> None:
@@ -116,19 +103,7 @@ def test_requests_are_interleaved(server: Server, name: str) -> None:
 
 
 def test_several_clients_at_once(server: Server, name: str) -> None:
-    """Each has its own answer, the one that it has alone, and the server counts what they count."""
-    texts = [f"value_{number} = " for number in range(5)] + [LONG]
-    lone = [chat(server, name, text).choices[0].message.content for text in texts]
-    before = server.numbers()
-    with ThreadPoolExecutor(len(texts)) as clients:
-        answers = list(clients.map(lambda text: chat(server, name, text), texts))
-    after = server.numbers()
-    assert [answer.choices[0].message.content for answer in answers] == lone
-    assert change(after, before, "requests_total", "200") == len(texts)
-    prompts, generated = (sum(getattr(x.usage, f"{what}_tokens") for x in answers) for what in ("prompt", "completion"))
-    assert change(after, before, "prompt_tokens_total", "200") == prompts
-    assert change(after, before, "generated_tokens_total", "200") == generated
-    assert change(after, before, "time_to_first_token_seconds_count") == len(texts)
+    check_clients_at_once(server, name, [f"value_{number} = " for number in range(5)] + [LONG])
     server.until_idle(5)
     assert server.numbers()["cache_bytes",] == 0
 

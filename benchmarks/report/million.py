@@ -35,7 +35,9 @@ def part(source: Source) -> Part:
     ]
     return Part(
         headline=_headline(own, longest),
-        found=tuple(sentence for sentence in (_uncompressed(own), _emptied(own), _recalled(own)) if sentence),
+        found=tuple(
+            sentence for sentence in (_uncompressed(own), million_tables.emptied(own), _recalled(own)) if sentence
+        ),
         figures=(_figure(own, longest),) if own else (),
         tables=tuple(tables),
         remarks=tuple(f"{row.name}, {row.tokens:,} tokens: {row.status}: {row.reason}" for row in rows if row.reason),
@@ -77,20 +79,6 @@ def _uncompressed(rows: Sequence[MillionRow]) -> str:
         f"Uncompressed, the model's perplexity is {base.perplexity_by_bucket[low]:.2f} at its best (positions up to "
         f"{int(low):,}) and {base.perplexity_by_bucket[names[-1]]:.2f} in the last bucket (up to {int(names[-1]):,}). "
         "The text differs from bucket to bucket too, so a cache is best held against others in the same one."
-    )
-
-
-def _emptied(rows: Sequence[MillionRow]) -> str:
-    """What the longer context is worth: the last bucket of a cache that was emptied on the way."""
-    own = next((row for row in rows if row.restart is not None and row.increase_by_bucket), None)
-    if own is None or own.increase_by_bucket is None:
-        return ""
-    name = max(own.increase_by_bucket, key=int)
-    mean, error = own.increase_by_bucket[name]
-    return (
-        f"Emptied after every {own.restart:,} tokens, so that no token sees more than these, the uncompressed cache's "
-        f"perplexity in the last bucket (up to {int(name):,}) is {mean:+.2f}% ± {error:.2f} from that of the whole "
-        "context: so much is the longer context worth to this model."
     )
 
 

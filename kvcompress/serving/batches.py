@@ -21,8 +21,8 @@ from kvcompress.batching.manager import RecordsManager
 from kvcompress.batching.usage import held, pool_bytes
 from kvcompress.memory import MemoryReport
 from kvcompress.serving import sampling
-from kvcompress.serving.budget import answer_tokens, wanted_tokens
-from kvcompress.serving.call import Call, current
+from kvcompress.serving.budget import admit, asked
+from kvcompress.serving.call import Call
 from kvcompress.serving.metrics import MEASURED_EVERY, Metrics
 from kvcompress.serving.refusal import CLOSED, RefusalError, quoted
 from kvcompress.spec import CacheSpec
@@ -243,18 +243,10 @@ class Batches(CBGenerateManager):
         told: Callable[[Output | None], None],
     ) -> None:
         """Raises RefusalError for a request that does not fit, or asks for what a batch cannot do for one row."""
-        call = current.get()
-        if call is None:
-            raise RuntimeError("a request came to the generation by a way that is not watched")
-        call.model = self.manager.name
-        if not ids:
-            raise RefusalError(400, "the prompt has no tokens")
+        call = asked(self.manager.name, len(ids))
         options = sampling.options(gen_config, model, call.seeded)
-        tokens = answer_tokens(len(ids), wanted_tokens(call, gen_config, len(ids)), self.limit)
-        gen_config.max_new_tokens = tokens  # handlers read it to say why an answer ended
-        call.admitted = True
+        tokens = admit(call, gen_config, len(ids), self.limit, self.manager.metrics)
         request = Live(name, call, len(ids), self.manager.metrics, asyncio.get_running_loop(), told)
-        self.manager.metrics.wait(call)
         self.manager.add(request, ids, tokens, **options)
 
     def stop(self) -> None:

@@ -13,7 +13,8 @@ from transformers.generation.continuous_batching.utils import find_head_dim, fin
 from kvcompress.batching.allocator import TRASH, sector_bytes
 from kvcompress.footprint import Footprint, coding
 from kvcompress.planning import BOUNDLESS
-from kvcompress.serving.call import Call
+from kvcompress.serving.call import Call, current
+from kvcompress.serving.metrics import Metrics
 from kvcompress.serving.refusal import RefusalError
 from kvcompress.spec import CacheSpec
 from kvcompress.store import PAGE
@@ -56,6 +57,29 @@ def pool(model: PreTrainedModel, spec: CacheSpec, budget: int | None, chunk: int
         least = (TRASH - (-dense // sector)) * sector
         raise ValueError(f"a pool of {budget} bytes is too small for this model: {least} would hold a page of it")
     return config
+
+
+def asked(model: str, prompt: int) -> Call:
+    """The request that is being handled, now known to be the model's. Raises RefusalError (400) without a prompt."""
+    call = current.get()
+    if call is None:
+        raise RuntimeError("a request came to the generation by a way that is not watched")
+    call.model = model
+    if not prompt:
+        raise RefusalError(400, "the prompt has no tokens")
+    return call
+
+
+def admit(call: Call, gen_config: GenerationConfig, prompt: int, limit: int | None, metrics: Metrics) -> int:
+    """Let the request wait for its turn; returns its answer's tokens, which handlers read in gen_config too.
+
+    Raises RefusalError as `answer_tokens` does.
+    """
+    tokens = answer_tokens(prompt, wanted_tokens(call, gen_config, prompt), limit)
+    gen_config.max_new_tokens = tokens
+    call.admitted = True
+    metrics.wait(call)
+    return tokens
 
 
 def answer_tokens(prompt: int, wanted: int | None, limit: int | None) -> int:

@@ -19,7 +19,7 @@ from transformers.cli.serving.utils import (
     _GenerationCancelled,
 )
 
-from kvcompress.serving.budget import answer_tokens, wanted_tokens
+from kvcompress.serving.budget import admit, asked
 from kvcompress.serving.call import Call, current
 from kvcompress.serving.loading import MAIN, CompressedModels
 from kvcompress.serving.metrics import MEASURED_EVERY, Metrics
@@ -83,12 +83,8 @@ class CountedGeneration(GenerateManager):
 
     def _admitted(self, model: PreTrainedModel, inputs: dict[str, Any], gen_config: GenerationConfig) -> Counted:
         """Raises RefusalError for a request that does not fit the budget, or whose cache would not be compressed."""
-        call = current.get()
-        if call is None:
-            raise RuntimeError("a request came to the generation by a way that is not watched")
-        call.model, prompt = self.name, inputs["input_ids"].shape[-1]
-        if not prompt:
-            raise RefusalError(400, "the prompt has no tokens")
+        prompt = inputs["input_ids"].shape[-1]
+        call = asked(self.name, prompt)
         if gen_config.use_cache is False or gen_config.cache_implementation not in (None, "dynamic"):
             raise RefusalError(
                 400,
@@ -96,10 +92,7 @@ class CountedGeneration(GenerateManager):
                 "this server generates with its own compressed cache",
                 param="generation_config",
             )
-        limit = self.models.limits[model]
-        gen_config.max_new_tokens = answer_tokens(prompt, wanted_tokens(call, gen_config, prompt), limit)
-        call.admitted = True
-        self.metrics.wait(call)
+        admit(call, gen_config, prompt, self.models.limits[model], self.metrics)
         return Counted(model, call, prompt, self.metrics)
 
 
