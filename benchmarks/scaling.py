@@ -75,9 +75,11 @@ def fit_family(
     slope = fit.loss.coefficient(fit.kind).map(lambda value: math.exp(-value))
     growth = fit.loss.coefficient("doublings").map(math.exp) if "doublings" in fit.loss.terms else None
     bent = curvature(found)
+    means = np.exp(np.log(found.losses).mean(0)).tolist()
     loss = replace(
         row,
         coefficients={term: ends(fit.loss.coefficient(term)) for term in fit.loss.terms},
+        measured=tuple((*cell, kl) for cell, kl in zip(found.cells, means, strict=True)),
         base=ends(slope),
         four_inside=slope.holds(4) if fit.kind == "bits" else None,
         per_doubling=None if growth is None else ends(growth),

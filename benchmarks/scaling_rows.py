@@ -19,7 +19,8 @@ class ScalingRow:
     base: by what KL falls with each bit, or each direction; four_inside: whether 4 lies in its interval (bits only).
     curvature: the coefficient of x squared beside the line's, None where there are too few x. per_doubling: by what KL
     grows with each doubling of context. residual: the standard deviation of points (means over seeds) from the line,
-    as a factor of KL for "bits" and "rank". seeds: of `quality`.
+    as a factor of KL for "bits" and "rank". seeds: of `quality`. measured: where ln KL is fitted, x, context and the
+    KL in nats that the line was put through, the geometric mean over the seeds.
     """
 
     kind: str
@@ -34,6 +35,7 @@ class ScalingRow:
     specs: tuple[dict[str, Any], ...] = ()
     seeds: tuple[int, ...] = ()
     points: int | None = None
+    measured: tuple[tuple[float, int, float], ...] = ()
     coefficients: dict[str, Ends] | None = None
     base: Ends | None = None
     four_inside: bool | None = None

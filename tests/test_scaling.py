@@ -74,6 +74,11 @@ def test_known_law_is_recovered(tmp_path: Path) -> None:
     assert perplexity.coefficients["kl"][1] < PER_KL < perplexity.coefficients["kl"][2]
     assert loss.x == (1.25, 4.25)
     assert loss.contexts == (1024, 4096)
+    assert [(x, context) for x, context, _ in loss.measured] == sorted(
+        (x, c) for x in BITS.values() for c in (1024, 4096)
+    )
+    own = [row.kl_mean for row in rows() if (row.cache, row.context) == ("trellis2", 1024)]
+    assert loss.measured[2][2] == pytest.approx(np.exp(np.log(own).mean()))
     assert fits.commits == ("c0ffee",)
 
 

@@ -31,7 +31,8 @@ def part(source: Source) -> Part:
     styled = {row.family: _style(row) for subject in subjects for row in _fitted(rows, subject)}
     caption = (
         f"By what KL falls with every bit, with 95% intervals (the broken line is theory's {THEORY:g}; what runs out "
-        "of the picture is in the tables); and the fitted lines, each over its own bits and at its longest context."
+        "of the picture is in the tables); and the fitted lines with the means that were measured, each over its own "
+        "bits and at its longest context."
     )
     legend = tuple((name, svg.swatch(style)) for name, style in styled.items())
     return Part(
@@ -97,6 +98,8 @@ def _lines(rows: Sequence[ScalingRow], axes: Any) -> None:
         bits = [low + (high - low) * step / 20 for step in range(21)]
         losses = [math.exp(terms["constant"][0] + terms["bits"][0] * each) for each in bits]
         axes.plot(bits, losses, **{**_style(row), "marker": ""})
+        here = [(x, kl) for x, context, kl in row.measured if context == row.reference]
+        axes.plot(*zip(*here, strict=True), **{**_style(row), "ls": "none"})
     axes.set(yscale="log", xlabel="bits per element (codes with their scales)", ylabel="KL, nats per token")
 
 
