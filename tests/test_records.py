@@ -8,6 +8,7 @@ from torch import Tensor
 
 from kvcompress import packing
 from kvcompress.codecs import Geometry
+from kvcompress.paged.blocks import BlockLayout
 from kvcompress.records import TokenCodec, join_tokens, split_tokens, working
 from kvcompress.spec import CodecSpec
 
@@ -104,6 +105,15 @@ def test_exact_keeps_the_dtype() -> None:
 def test_refusals_name_what_works(spec: str, reason: str) -> None:
     with pytest.raises(ValueError, match=f"{reason}.*These can: .*trellis3"):
         codec(spec, 64)
+
+
+@pytest.mark.parametrize("spec", ["trellis3", "lloyd5", "fp8"])
+def test_a_step_without_tokens(spec: str) -> None:
+    """Nothing is written, as when a server runs an empty step to keep its processes together."""
+    blocks = torch.full((2, BlockLayout(codec(spec, 64), codec(spec, 64, 1)).record.page_bytes), 7, dtype=torch.uint8)
+    none = torch.zeros(0, 2, 64)
+    BlockLayout(codec(spec, 64), codec(spec, 64, 1)).write(blocks, none, none, torch.zeros(0, dtype=torch.int64))
+    assert (blocks == 7).all()
 
 
 def test_a_wrong_fit_is_refused() -> None:

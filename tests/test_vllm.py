@@ -109,6 +109,18 @@ def test_blocks_are_views() -> None:
         as_blocks(torch.zeros(5, PAGE, 2, 15).transpose(1, 2))
 
 
+@pytest.mark.parametrize("name", ["model.layers.3.self_attn.attn", "model.blocks.3.attn.1"])
+def test_names_of_layers_matter_to_a_basis_only(spec: str, name: str) -> None:
+    """Two tokens written and read back by a layer whose name has more than one number, as LongCat's have."""
+    impl = KVCompressImpl(2, 64, 0.125, 1)
+    layer = type("Layer", (), {"layer_name": name})()
+    cache = torch.zeros(2, 1, PAGE, 15)
+    vectors = torch.randn(2, 1, 64)
+    impl.do_kv_cache_update(layer, vectors, vectors, cache, torch.tensor([PAGE, PAGE + 1]))
+    assert cache[1].view(torch.uint8).any()
+    assert not cache[0].view(torch.uint8).any()
+
+
 def test_layer_index() -> None:
     assert layer_index("model.layers.13.self_attn.attn") == 13
     with pytest.raises(ValueError, match="expected one number"):

@@ -39,14 +39,16 @@ def enable(model: Model, spec: CacheSpec | str = DEFAULT, basis: str | Path | No
     A chunk's own tokens are attended exactly, what came before them by its codes; sliding layers stay as transformers
     makes them. Sessions that begin from here on use it, with any `ContinuousBatchingConfig` but one with CUDA graphs,
     compilation, asynchronous batches or a page_size that is no multiple of 64. Its num_blocks stay what they are in
-    bytes, and hold more tokens. A manager that the model had kept is let go. Enabling again changes the spec.
+    bytes, and hold more tokens. A manager that the model had kept is let go. Enabling again changes the spec. Two
+    tokens are generated, to see that the model's attention works so.
 
     Raises ImportError for a transformers whose parts have moved, TypeError for what is no generating model, ValueError
-    for a model that cannot have it (no full attention, latents, tensor parallel) and for a spec that it cannot have.
+    for a model that cannot have it (no full attention, latents, tensor parallel, an attention that does not take part)
+    and for a spec that it cannot have.
     """
     requirements.check()
     from kvcompress.batching.allocator import layouts
-    from kvcompress.batching.manager import init_continuous_batching
+    from kvcompress.batching.manager import init_continuous_batching, probe
 
     layers, heads, head_dim = _geometry(model)
     found = parse(str(spec), f"spec {str(spec)!r}")
@@ -54,6 +56,7 @@ def enable(model: Model, spec: CacheSpec | str = DEFAULT, basis: str | Path | No
         found = replace(found, basis=str(basis))
     layouts(found, head_dim, heads, model.dtype, layers)  # raises for what could not be coded
     disable(model)
+    probe(model, found)
     vars(model)[METHOD] = partial(init_continuous_batching, model, spec=found)
     return model
 

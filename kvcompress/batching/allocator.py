@@ -80,6 +80,7 @@ class RecordsAllocator(FullAttentionCacheAllocator):
         self.attention: dict[int, BlockAttention] = {}
         self.blocks: dict[int, Tensor] = {}
         self._steps: tuple[Any, Step] | None = None
+        self.attended: set[int] = set()  # layers that have, in this step
 
     def register_cache_tensor(
         self, bytes_per_sector: int, non_trash_bytes: int, cache_tensor: Tensor, pool: CachePool
@@ -105,8 +106,17 @@ class RecordsAllocator(FullAttentionCacheAllocator):
         """The requests of a step, of what transformers gives attention functions; made once for all layers."""
         made_of = given["read_index"]
         if self._steps is None or self._steps[0] is not made_of:  # a list of its own for every forward pass
-            self._steps = made_of, self._step(given)
+            self._steps, self.attended = (made_of, self._step(given)), set()
         return self._steps[1]
+
+    def enter(self, layer: int, given: dict[str, Any]) -> Step:
+        """The step, for a layer's attention. Raises RuntimeError where that has been in it before: a layer whose
+        attention is several functions' (DiffLlama) would have the last one's keys and values only."""
+        step = self.step(given)
+        if layer in self.attended:
+            raise RuntimeError(f"layer {layer} attends more than once in a step, to keys or values that are not cached")
+        self.attended.add(layer)
+        return step
 
     def _step(self, given: dict[str, Any]) -> Step:
         queries, columns = given["cu_seq_lens_q"].tolist(), given["cu_seq_lens_k"][self.layer_type].tolist()
@@ -176,6 +186,14 @@ def sector_bytes(config: PreTrainedConfig, spec: CacheSpec, dtype: torch.dtype, 
         else:
             sizes.append(ATTN_TYPE_TO_ALLOCATOR[kind](*given).bytes_per_block)
     return math.lcm(*sizes)
+
+
+def dense_bytes(config: PreTrainedConfig, dtype: torch.dtype) -> int:
+    """PAGE tokens of all layers as numbers: what transformers counts num_blocks in, for such a page_size."""
+    layer = FullAttentionCacheAllocator.get_bytes_per_page(
+        find_num_key_value_heads(config), find_head_dim(config), dtype, PAGE
+    )
+    return config.num_hidden_layers * layer
 
 
 _lock = threading.Lock()

@@ -35,13 +35,13 @@ def attention_forward(
     """transformers' attention function: query [1, H*G, T, D] of all requests' new tokens to ([1, T, H*G, D], None).
 
     given: the paged cache, and where each request's tokens stand. Raises ValueError without a cache, as in a plain
-    forward pass while a manager runs.
+    forward pass while a manager runs, or of a model that does not hand its arguments on to its attention.
     """
     cache: Any = given.get("cache")
     if cache is None:
         raise ValueError(
-            "this model is in a continuous batching session, whose attention takes packed requests only: "
-            "use it otherwise once the manager has stopped"
+            f"{type(module).__name__} attends without a paged cache: either this model is in a continuous batching "
+            "session and used otherwise before its manager has stopped, or it does not tell its attention of the cache"
         )
     layer: int = module.layer_idx  # type: ignore[assignment]
     scores = Scores(query.shape[-1] ** -0.5 if scaling is None else scaling, softcap, s_aux)
@@ -66,9 +66,9 @@ def _on_codes(
 ) -> Tensor:
     """[T, H*G, D] of a layer of codes, into which the new tokens are written."""
     query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))
+    step, blocks = allocator.enter(layer, given), allocator.blocks[layer]
     allocator.write(layer, key, value, given["write_index"][allocator.index])
     out = torch.zeros_like(query, memory_format=torch.contiguous_format)
-    step, blocks = allocator.step(given), allocator.blocks[layer]
     allocator.attention[layer].attend(query, key, value, blocks, step, scores, out)
     return out
 

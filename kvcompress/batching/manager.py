@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from typing import Any
 
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.generation.configuration_utils import ContinuousBatchingConfig
+from transformers.generation.continuous_batching.cache_allocators import FULL_ATTENTION
 from transformers.generation.continuous_batching.continuous_api import (
     ContinuousBatchingManager,
     ContinuousBatchProcessor,
 )
 from transformers.generation.continuous_batching.utils import WorkloadHints
 
-from kvcompress.batching.allocator import RecordsAllocator, allocating
+from kvcompress.batching.allocator import RecordsAllocator, allocating, dense_bytes, sector_bytes
 from kvcompress.batching.attention import NAME
 from kvcompress.spec import CacheSpec
 from kvcompress.store import PAGE
@@ -33,9 +36,9 @@ OFF: dict[str, Any] = {
 
 
 class RecordsManager(ContinuousBatchingManager):
-    """See the module; while it is there, the model's config names our attention. spec: of the layers' codes.
+    """See the module; until it is stopped, or its thread has ended, the model's config names our attention.
 
-    Raises ValueError for a config that asks for what attention on codes cannot do.
+    spec: of the layers' codes. Raises ValueError for a config that asks for what attention on codes cannot do.
     """
 
     def __init__(
@@ -50,12 +53,14 @@ class RecordsManager(ContinuousBatchingManager):
         self.spec = spec
         self._attention_before: str | None = None
         checked = check(continuous_batching_config)
-        super().__init__(
-            model=model,  # type: ignore[arg-type]
-            generation_config=generation_config,
-            continuous_batching_config=checked,
-            workload_hints=workload_hints,
-        )
+        self.model = model  # type: ignore[assignment]  # for `_switch_back`
+        with self._undoing():
+            super().__init__(
+                model=model,  # type: ignore[arg-type]
+                generation_config=generation_config,
+                continuous_batching_config=checked,
+                workload_hints=workload_hints,
+            )
 
     def switch_to_cb_friendly_attn(self, model: Any, auto_switch_to_flash: bool = True) -> None:
         """Name our attention, past the checks that transformers has for flash kernels."""
@@ -66,11 +71,8 @@ class RecordsManager(ContinuousBatchingManager):
 
     def warmup(self) -> None:
         """Make the cache; where that fails, the model has its attention back."""
-        try:
+        with self._undoing():
             super().warmup()
-        except BaseException:
-            self._switch_back()
-            raise
 
     def stop(
         self,
@@ -80,7 +82,22 @@ class RecordsManager(ContinuousBatchingManager):
         hard_stop: bool = False,
     ) -> None:
         super().stop(block, timeout, keep_for_next_session, hard_stop)
-        self._switch_back()
+        if not self.is_running():  # else requests are still being answered, and the thread switches back at its end
+            self._switch_back()
+
+    def _run_generation_loop(self) -> None:
+        try:
+            super()._run_generation_loop()
+        finally:
+            self._switch_back()
+
+    @contextmanager
+    def _undoing(self) -> Iterator[None]:
+        try:
+            yield
+        except BaseException:
+            self._switch_back()
+            raise
 
     def _switch_back(self) -> None:
         if self._attention_before is not None:
@@ -88,10 +105,40 @@ class RecordsManager(ContinuousBatchingManager):
             self._attention_before = None
 
     def _create_batch_processor(self) -> ContinuousBatchProcessor:
+        self.switch_to_cb_friendly_attn(self.model)  # back since it was stopped, if it is started again
         if self.batch_processor is not None:  # only reset
             return super()._create_batch_processor()
         with allocating(partial(RecordsAllocator, spec=self.spec)):
             return super()._create_batch_processor()
+
+
+def probe(model: Any, spec: CacheSpec) -> None:
+    """Generate two tokens; raises ValueError unless all full-attention layers work on codes as they do so."""
+    name, training = type(model).__name__, model.training
+    text = model.config.get_text_config(decoder=True)
+    room = -(-2 * sector_bytes(text, spec, model.dtype, PAGE) // dense_bytes(text, model.dtype))  # of either kind
+    manager = RecordsManager(
+        model,
+        GenerationConfig(do_sample=False, eos_token_id=-1, pad_token_id=0),
+        ContinuousBatchingConfig(page_size=PAGE, num_blocks=room, max_batch_tokens=PAGE),
+        spec=spec,
+    )
+    try:
+        manager.warmup()
+        processor: Any = manager.batch_processor
+        manager.current_batch = 0
+        manager.add_request([1, 2, 3], max_new_tokens=2)
+        for _ in range(2):  # the prompt, then one token after it
+            manager._generation_loop_body(processor, bootstrapping=False)
+            allocator = processor.cache.cache_allocators[FULL_ATTENTION]
+            if idle := sorted(set(allocator.layer_indices) - allocator.attended):
+                raise ValueError(f"its layers {idle} did not attend to the paged cache")
+    except Exception as error:
+        raise ValueError(f"the attention of {name} cannot work on codes: {error}") from error
+    finally:
+        manager._switch_back()
+        manager.destroy()
+        model.train(training)
 
 
 def check(config: ContinuousBatchingConfig) -> ContinuousBatchingConfig:

@@ -73,9 +73,14 @@ NAMES: upstream.Names = {
         "ContinuousBatchingManager.cancel_request": ("request_id",),
         "ContinuousBatchingManager.register_result_handler": ("request_id", "callback"),
         "ContinuousBatchingManager._create_batch_processor": (),
+        "BackgroundThreadStatus.can_accept_new_requests": (),
+        "ContinuousBatchProcessor.fail_all_requests": ("error",),
         "ContinuousBatchingManager._generation_loop_body": ("batch_processor", "bootstrapping"),
+        "ContinuousBatchingManager._run_generation_loop": (),
+        "ContinuousBatchingManager.is_running": (),
     },
     f"{BATCHING}.model_runner": {"infer_max_single_request_tokens": ("cache",)},
+    f"{BATCHING}.scheduler": {"Scheduler.reset": ()},
     f"{BATCHING}.utils": {"find_head_dim": ("config",), "find_num_key_value_heads": ("config",)},
 }
 

@@ -55,6 +55,8 @@ class BlockLayout:
         """
         if blocks.shape[1] < self.record.page_bytes:
             raise ValueError(f"a block takes {self.record.page_bytes} bytes, got blocks of {blocks.shape[1]}")
+        if not len(slots):
+            return
         fields = {field.name: field for field in self.record.fields}
         for side, codec, x in zip(SIDES, self.codecs, (key, value), strict=True):
             records = codec.encode(x)

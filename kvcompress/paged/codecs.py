@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import lru_cache
+from pathlib import Path
 
 import torch
 
@@ -56,13 +57,15 @@ def codecs(
     return key, value
 
 
-@lru_cache
-def _layers(path: str) -> dict[int, Basis]:
+@lru_cache(maxsize=4)
+def _layers(path: str, written: int) -> dict[int, Basis]:
+    """Of a file as it was `written`, in nanoseconds: it may have been learned again since."""
     return bases.load(path)
 
 
 def _basis(spec: CacheSpec, layer: int | None) -> Basis:
-    layers = _layers(spec.basis)
+    path = Path(spec.basis)
+    layers = _layers(spec.basis, path.stat().st_mtime_ns if path.is_file() else 0)  # 0: loading says what is wrong
     layer = min(layers) if layer is None else layer
     if layer not in layers:
         raise ValueError(f"{spec.basis} holds no basis of layer {layer}, only of {sorted(layers)}")

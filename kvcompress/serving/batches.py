@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import logging
 import threading
 import time
 from collections import Counter
@@ -11,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.cli.serving.utils import CBGenerateManager, CBStreamer, _StreamError
 from transformers.generation.configuration_utils import ContinuousBatchingConfig
@@ -21,13 +23,18 @@ from kvcompress.batching.manager import RecordsManager
 from kvcompress.batching.usage import held, pool_bytes
 from kvcompress.memory import MemoryReport
 from kvcompress.serving import sampling
-from kvcompress.serving.budget import admit, asked
+from kvcompress.serving.budget import admit, asked, positions
 from kvcompress.serving.call import Call
 from kvcompress.serving.metrics import MEASURED_EVERY, Metrics
 from kvcompress.serving.refusal import CLOSED, RefusalError, quoted
 from kvcompress.spec import CacheSpec
 
+logger = logging.getLogger(__name__)
+
 Output = Any  # transformers' GenerationOutput
+
+#: After it nothing can be computed in this process. Before torch 2.8 such errors were not told apart.
+LOST: tuple[type[Exception], ...] = (torch.AcceleratorError,) if hasattr(torch, "AcceleratorError") else ()
 
 
 @dataclass(eq=False)
@@ -76,6 +83,7 @@ class Live:
 class WatchedManager(RecordsManager):
     """Lets go of requests whose clients have gone, between two steps, and says what it holds.
 
+    A step that fails, as for want of memory, fails the requests that are there, and the next ones are answered.
     name: the model's, in the metrics. live: requests by name.
     """
 
@@ -90,8 +98,16 @@ class WatchedManager(RecordsManager):
             if request.call.gone.is_set() and not request.cancelled:
                 request.cancelled = True
                 self.cancel_request(request.name)
-        going = super()._generation_loop_body(batch_processor, bootstrapping)
         scheduler = batch_processor.scheduler
+        try:
+            going = super()._generation_loop_body(batch_processor, bootstrapping)
+        except LOST:
+            raise
+        except Exception as error:
+            logger.exception("a step of %s has failed, and with it its requests", self.name)
+            batch_processor.fail_all_requests(error)
+            scheduler.reset()
+            going = True
         for request in list(self.live.values()):
             if request.name in scheduler.active_requests:
                 request.start()
@@ -113,9 +129,10 @@ class WatchedManager(RecordsManager):
 
         self.register_result_handler(request.name, hear)
         added = self.add_request(ids, request.name, max_new_tokens=tokens, streaming=True, **options)
-        if added is None:
+        status = self.background_thread_status
+        if added is None or status.can_accept_new_requests() is not None:  # it may have ended in between
             self.forget(request)
-            reason = self.background_thread_status.fatal_error
+            reason = status.fatal_error
             raise RefusalError(503, f"the thread that generates has ended: {reason or 'the server is stopping'}")
 
     def forget(self, request: Live) -> None:
@@ -158,7 +175,12 @@ class Batches(CBGenerateManager):
         manager.warmup()  # makes the cache
         assert manager.batch_processor is not None
         room = infer_max_single_request_tokens(manager.batch_processor.cache)
-        self.limit = room if most is None else min(room, most)
+        if not room:
+            size = pool_bytes(manager)
+            self.stop()
+            raise ValueError(f"a pool of {size} bytes does not hold one token in all kinds of layers of this model")
+        limits = (room, most, positions(manager.model))  # type: ignore[arg-type]
+        self.limit = min(limit for limit in limits if limit is not None)
         manager.start()
 
     @classmethod
@@ -193,18 +215,23 @@ class Batches(CBGenerateManager):
         tokenizer = getattr(processor, "tokenizer", processor)._tokenizer
         name, loop = self._name(), asyncio.get_running_loop()
         streamer = CBStreamer(self.manager, name, tokenizer, loop, queue, response_parser=response_parser)
+        call = asked(self.manager.name, len(inputs["input_ids"]))
 
         def told(output: Output | None) -> None:
             if output is None:
                 queue.put_nowait(None)
                 return
-            streamer.put(output)
-            if output.error is not None:
-                queue.put_nowait(_StreamError(quoted(RuntimeError(output.error))))
-            elif output.is_finished():
-                streamer.end()
+            try:
+                streamer.put(output)
+                if output.error is not None:
+                    queue.put_nowait(_StreamError(quoted(RuntimeError(output.error))))
+                elif output.is_finished():
+                    streamer.end()
+            except Exception as error:  # of the decoder; other requests' outputs come in the same call
+                call.failed = True
+                queue.put_nowait(_StreamError(quoted(error)))
 
-        self._submit(name, model, inputs["input_ids"], gen_config, told)
+        self._submit(name, call, model, inputs["input_ids"], gen_config, told)
         return queue, streamer
 
     async def generate_non_streaming(
@@ -221,7 +248,8 @@ class Batches(CBGenerateManager):
             if not done.done() and (output is None or output.is_finished()):
                 done.set_result(output)
 
-        self._submit(self._name(), model, inputs["input_ids"], gen_config, told)
+        call = asked(self.manager.name, len(inputs["input_ids"]))
+        self._submit(self._name(), call, model, inputs["input_ids"], gen_config, told)
         output = await done
         if output is None:
             raise RefusalError(CLOSED, "the client has closed the connection")
@@ -237,13 +265,15 @@ class Batches(CBGenerateManager):
     def _submit(
         self,
         name: str,
+        call: Call,
         model: PreTrainedModel,
         ids: list[int],
         gen_config: GenerationConfig,
         told: Callable[[Output | None], None],
     ) -> None:
         """Raises RefusalError for a request that does not fit, or asks for what a batch cannot do for one row."""
-        call = asked(self.manager.name, len(ids))
+        if call.gone.is_set():  # said on this thread only, so from here on `live` names it before it can be
+            raise RefusalError(CLOSED, "the client has closed the connection")
         options = sampling.options(gen_config, model, call.seeded)
         tokens = admit(call, gen_config, len(ids), self.limit, self.manager.metrics)
         request = Live(name, call, len(ids), self.manager.metrics, asyncio.get_running_loop(), told)

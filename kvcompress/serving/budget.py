@@ -5,12 +5,11 @@ from __future__ import annotations
 import bisect
 
 import torch
+from torch import nn
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers.generation.configuration_utils import ContinuousBatchingConfig
-from transformers.generation.continuous_batching.cache_allocators import FullAttentionCacheAllocator
-from transformers.generation.continuous_batching.utils import find_head_dim, find_num_key_value_heads
 
-from kvcompress.batching.allocator import TRASH, sector_bytes
+from kvcompress.batching.allocator import TRASH, dense_bytes, sector_bytes
 from kvcompress.footprint import Footprint, coding
 from kvcompress.planning import BOUNDLESS
 from kvcompress.serving.call import Call, current
@@ -49,9 +48,7 @@ def pool(model: PreTrainedModel, spec: CacheSpec, budget: int | None, chunk: int
         return config
     text = model.config.get_text_config(decoder=True)
     sector = sector_bytes(text, spec, model.dtype, PAGE)
-    dense = text.num_hidden_layers * FullAttentionCacheAllocator.get_bytes_per_page(
-        find_num_key_value_heads(text), find_head_dim(text), model.dtype, PAGE
-    )
+    dense = dense_bytes(text, model.dtype)
     config.num_blocks = max(budget // sector - TRASH, 0) * sector // dense  # in blocks of numbers, rounded down
     if not config.num_blocks:
         least = (TRASH - (-dense // sector)) * sector
@@ -102,9 +99,28 @@ def answer_tokens(prompt: int, wanted: int | None, limit: int | None) -> int:
 
 
 def wanted_tokens(call: Call, gen_config: GenerationConfig, prompt: int) -> int | None:
-    """Tokens of the answer that the client asked for at most; None where it did not say."""
+    """Tokens of the answer that the client asked for at most; None where it did not say.
+
+    Raises RefusalError (400) for what is no number of tokens: JSON knows 2.5 and NaN, which no answer comes to.
+    """
     if not call.bounded:
         return None
+    for name in ("max_new_tokens", "max_length"):
+        given = getattr(gen_config, name)
+        if given is not None and type(given) is not int:
+            message = f"{name} is a whole number, got {given!r}"
+            raise RefusalError(400, message, param="generation_config")
     if gen_config.max_new_tokens is None and gen_config.max_length is not None:
-        return max(int(gen_config.max_length) - prompt, 1)
+        return max(gen_config.max_length - prompt, 1)
     return gen_config.max_new_tokens
+
+
+def positions(model: PreTrainedModel) -> int | None:
+    """The most tokens that a model with a learned table of positions can be given (GPT-2, OPT); None for others.
+
+    OPT's and BioGPT's tables have two entries more than there are positions.
+    """
+    most = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    tables = [part for part in model.modules() if isinstance(part, nn.Embedding)]
+    sizes = {part.num_embeddings for part in tables if part is not model.get_input_embeddings()}
+    return most if most is not None and sizes & {most, most + 2} else None

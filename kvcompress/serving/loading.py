@@ -17,7 +17,7 @@ from kvcompress.cache import CompressedCache
 from kvcompress.generation import wrap
 from kvcompress.prefixes import PrefixStore
 from kvcompress.serving.batches import Batches
-from kvcompress.serving.budget import footprint, pool, tokens_within
+from kvcompress.serving.budget import footprint, pool, positions, tokens_within
 from kvcompress.serving.call import current
 from kvcompress.serving.metrics import Metrics
 from kvcompress.serving.refusal import CLOSED, RefusalError
@@ -88,7 +88,9 @@ class CompressedModels(ModelManager):
         super().shutdown()
 
     def _limit(self, model: PreTrainedModel) -> int | None:
-        settings, limits = self.settings, []
+        """The most tokens of a request; None where neither settings nor learned positions end it."""
+        settings, table = self.settings, positions(model)
+        limits = [] if table is None else [table]
         if settings.max_context is not None:
             limits.append(parse_count(settings.max_context))
         if settings.cache_budget is not None:

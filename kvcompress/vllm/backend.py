@@ -163,7 +163,9 @@ class KVCompressImpl(AttentionImpl[Step]):
 
     def _of(self, layer: Any, key: Tensor) -> BlockAttention:
         if self.attention is None:
-            found = codecs(chosen(), self.head_size, self.num_kv_heads, key.dtype, layer_index(layer.layer_name))
+            spec = chosen()
+            index = None if spec.basis == "prompt" else layer_index(layer.layer_name)  # a basis is of one layer
+            found = codecs(spec, self.head_size, self.num_kv_heads, key.dtype, index)
             own_key, own_value = (codec.to(key.device) for codec in found)
             self.attention = BlockAttention(BlockLayout(own_key, own_value), self.window)
         return self.attention

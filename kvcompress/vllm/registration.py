@@ -28,4 +28,6 @@ def register_backends() -> None:
     register_backend(AttentionBackendEnum.CUSTOM, BACKEND)
     if current_platform.is_cpu():
         register_backend(AttentionBackendEnum.CPU_ATTN, BACKEND)
+    else:
+        logger.warning("kvcompress: without --attention-backend CUSTOM vLLM's own cache is used, uncompressed")
     logger.info("kvcompress: blocks of %s for --attention-backend CUSTOM", chosen())
