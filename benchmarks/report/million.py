@@ -104,7 +104,7 @@ def _figure(rows: Sequence[MillionRow], tokens: int) -> Figure:
         f"One document of {tokens:,} tokens, read through each cache. A mark stands at the end of its bucket, which "
         f"begins at half that position; bars are standard errors; the shaded band is {TOLERANCE:g}% on both sides of "
         "the uncompressed cache. Dotted: the uncompressed cache, emptied at intervals, which shows what the longer "
-        "context is worth."
+        "context is worth or costs."
     )
     return Figure(caption, tuple(panels), legend)
 
