@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable, Sequence
 
 from benchmarks.million_rows import MillionRow
 from benchmarks.tables import markdown
@@ -20,11 +21,16 @@ and are left out."""
 DEPTHS = "Facts recalled at the end of the document, by the part of it where they stand"
 
 
+def ordered(rows: Iterable[MillionRow]) -> list[MillionRow]:
+    """Uncompressed caches first, then the others from the most bits to the fewest."""
+    return sorted(rows, key=lambda row: -math.inf if row.bits_per_element is None else -row.bits_per_element)
+
+
 def document(rows: Sequence[MillionRow]) -> str:
     """For every length: sizes and recall, perplexity by position, recall by depth."""
     parts = []
     for tokens in sorted({row.tokens for row in rows}, reverse=True):
-        own = [row for row in rows if row.tokens == tokens]
+        own = ordered(row for row in rows if row.tokens == tokens)
         parts += [
             f"## {tokens:,} tokens\n\n",
             sizes(own),

@@ -158,7 +158,8 @@ def million(results: Path) -> str:
     rows = [row for row in (read(path, MillionRow) if path.exists() else []) if row.status == "ok"]
     if not rows:
         return "*No rows of `million` are committed yet.*\n"
-    own = [row for row in rows if row.tokens == max(row.tokens for row in rows)]
+    longest = max(row.tokens for row in rows)
+    own = million_tables.ordered(row for row in rows if row.tokens == longest)
     headings = ["cache", "bits/elem", "MB", "bfloat16 / cache", "perplexity", "largest rise", "recall"]
     lines = [
         [row.name, *million_tables.size(row), f"{row.perplexity:.2f}", million_tables.rise(row),
@@ -167,7 +168,7 @@ def million(results: Path) -> str:
     ]  # fmt: skip
     said = million_tables.emptied(own)
     table = markdown(headings, len(headings) - 1, lines)
-    return f"{own[0].tokens:,} tokens:\n\n{table}" + (f"\n{said}\n" if said else "")
+    return f"{longest:,} tokens:\n\n{table}" + (f"\n{said}\n" if said else "")
 
 
 def prefill(results: Path) -> str:

@@ -27,11 +27,11 @@ Draw = Any
 def part(source: Source) -> Part:
     rows = source.rows(MillionRow)
     longest = max(row.tokens for row in rows)
-    own = [row for row in rows if row.tokens == longest and row.status == "ok"]
+    own = million_tables.ordered(row for row in rows if row.tokens == longest and row.status == "ok")
     tables = [
         table
         for tokens in sorted({row.tokens for row in rows}, reverse=True)
-        for table in _tables([row for row in rows if row.tokens == tokens], tokens)
+        for table in _tables(million_tables.ordered(row for row in rows if row.tokens == tokens), tokens)
     ]
     return Part(
         headline=_headline(own, longest),
