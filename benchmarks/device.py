@@ -12,6 +12,8 @@ import torch
 
 Found = TypeVar("Found")
 
+CLEAR = Path("/proc/self/clear_refs")  # of Linux
+
 
 def settle(device: torch.device) -> None:
     """Wait for the device."""
@@ -31,24 +33,36 @@ def out_of_memory(error: Exception) -> bool:
     return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
-def with_peak(work: Callable[[], Found], device: torch.device) -> tuple[Found, int | None]:
-    """What `work` returns, and how many bytes memory rose at its highest above what was held before.
+class Peak:
+    """How far memory has risen, at its highest, above what was held when this was made.
 
-    The device's allocations on CUDA, else the process's resident set on Linux, else None: nobody can tell.
+    The device's allocations on CUDA, else the process's resident set on Linux.
     """
-    release(device)
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
-        found = work()
-        settle(device)
-        return found, torch.cuda.max_memory_allocated(device) - before
-    if not Path("/proc/self/clear_refs").exists():
-        return work(), None
-    trim_heap()
-    Path("/proc/self/clear_refs").write_text("5")  # VmHWM begins anew
-    before = resident("VmRSS")
-    return work(), resident("VmHWM") - before
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        release(device)
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+            self._before = torch.cuda.memory_allocated(device)
+        elif CLEAR.exists():
+            trim_heap()
+            CLEAR.write_text("5")  # VmHWM begins anew
+            self._before = resident("VmRSS")
+
+    def rise(self) -> int | None:
+        """Bytes; None where nobody can tell."""
+        if self.device.type == "cuda":
+            settle(self.device)
+            return torch.cuda.max_memory_allocated(self.device) - self._before
+        return resident("VmHWM") - self._before if CLEAR.exists() else None
+
+
+def with_peak(work: Callable[[], Found], device: torch.device) -> tuple[Found, int | None]:
+    """What `work` returns, and by how many bytes memory rose, as `Peak` has it."""
+    peak = Peak(device)
+    found = work()
+    return found, peak.rise()
 
 
 def trim_heap() -> None:

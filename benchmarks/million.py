@@ -118,7 +118,7 @@ def filled(row: MillionRow, reading: Reading, found: Document, questions: int, b
     return replace(
         row,
         **sizes,
-        peak_bytes=reading.peak,
+        peak_bytes=reading.peak or None,
         scored=len(scored),
         perplexity=math.exp(float(scored.mean(dtype=np.float64))),
         perplexity_by_bucket={

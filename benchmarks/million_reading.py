@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import psutil
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import Cache, DynamicCache, PreTrainedModel
 
 from benchmarks.caches import Contender
+from benchmarks.device import Peak
 from kvcompress import CompressedCache
 
 Advance = Callable[[int], object]
@@ -126,13 +126,10 @@ def read(
     advance: Advance, restart: int | None = None,
 ) -> Reading:  # fmt: skip
     """Feed ids [1, N], `chunk` tokens at a time. restart: with an empty cache after every so many tokens."""
+    peak = Peak(model.device)
     found = None if checkpoint is None else checkpoint.read(model, contender, ids)
     reading = found or Reading.begin(ids.shape[1], contender.make(model.config))
     advance(reading.done)
-    before = _held(model.device)
-    on_gpu = model.device.type == "cuda"
-    if on_gpu:
-        torch.cuda.reset_peak_memory_stats(model.device)
     step = chunk if restart is None else min(chunk, restart)
     while reading.done < ids.shape[1]:
         if restart is not None and reading.done % restart == 0:
@@ -146,8 +143,7 @@ def read(
         _score(reading, logits[0], ids[0, start + 1 : stop + 1].to(model.device), start)
         reading.seconds += time.perf_counter() - begun
         reading.done = stop
-        held = torch.cuda.max_memory_allocated(model.device) if on_gpu else _held(model.device)
-        reading.peak = max(reading.peak, held - before)
+        reading.peak = max(reading.peak, peak.rise() or 0)
         advance(stop - start)
         if checkpoint is not None and restart is None and checkpoint.due():
             checkpoint.write(reading, ids)
@@ -161,10 +157,3 @@ def _score(reading: Reading, logits: Tensor, targets: Tensor, start: int) -> Non
     part = slice(start, start + len(targets))
     reading.loss[part] = losses.cpu().numpy()
     reading.right[part] = (logits.argmax(dim=-1) == targets).cpu().numpy()
-
-
-def _held(device: torch.device) -> int:
-    """Bytes that the process holds, or that are allocated on its GPU."""
-    if device.type == "cuda":
-        return torch.cuda.memory_allocated(device)
-    return int(psutil.Process().memory_info().rss)

@@ -12,10 +12,10 @@ NOTES = """*bits/elem*: of what is coded, with all overheads. *cache*: all that 
 layers' exact windows included, measured; *bf16 / cache*: how many times that goes into what the same tokens would take
 in bfloat16. *largest rise*: of perplexity over the uncompressed cache's in the bucket of positions where it is largest,
 on the same tokens, with its standard error. *recall*: facts whose answer, asked for at the end, is right word for word.
-*peak*: how far the process (on a GPU: its memory) grew beside the model. *N tokens at a time*: the uncompressed cache
-was emptied after every N tokens, so that no token saw more than N before it: what it loses is what the longer context
-is worth to this model, what it gains is what that costs. It is no compressed cache; its size and recall mean nothing
-and are left out."""
+*peak*: how far the process (on a GPU: its memory) grew beside the model; "-": not measured. *N tokens at a time*: the
+uncompressed cache was emptied after every N tokens, so that no token saw more than N before it: what it loses is what
+the longer context is worth to this model, what it gains is what that costs. It is no compressed cache; its size and
+recall mean nothing and are left out."""
 
 
 DEPTHS = "Facts recalled at the end of the document, by the part of it where they stand"
@@ -61,7 +61,7 @@ def _size(row: MillionRow) -> list[str]:
         f"{row.perplexity:.3f}",
         rise(row),
         recalled(row),
-        f"{(row.peak_bytes or 0) / 1e6:,.0f}" if whole else "-",
+        f"{row.peak_bytes / 1e6:,.0f}" if whole and row.peak_bytes else "-",
         f"{(row.seconds or 0) / 60:.1f}",
     ]
 

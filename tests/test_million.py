@@ -96,6 +96,10 @@ def test_whole_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert [row.cache for row in rows] == ["uncompressed", "trellis3", "exact"]
     assert all(row.status == "ok" for row in rows), [row.reason for row in rows]
     base, coded, exact = rows
+    for row in rows:  # what an earlier cache held does not hide what a later one takes
+        assert row.peak_bytes is not None
+        assert row.cache_bytes is not None
+        assert row.peak_bytes > row.cache_bytes
     assert base.increase_by_bucket is None
     assert coded.bits_per_element == pytest.approx(3.3, abs=0.15)  # 3 + 16/64 a gain, tables and means
     assert coded.cache_bytes is not None
